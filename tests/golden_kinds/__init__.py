@@ -1,0 +1,1 @@
+"""One file per system: ``HANDLERS = {kind: function(case) -> iterator of Check}``."""

@@ -1,0 +1,3 @@
+"""Golden handlers of the system 'ctc'."""
+
+HANDLERS = {}

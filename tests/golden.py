@@ -48,14 +48,18 @@ class Case:
         self.weights: dict[str, torch.Tensor] = load_file(weights) if weights.is_file() else {}
         self.atol, self.rtol = _tolerance(self.meta.get("tolerance"))
 
-    def close(self, name: str, got: torch.Tensor, want: torch.Tensor | None = None, scale: float = 1.0) -> Check:
+    def close(
+        self, name: str, got: torch.Tensor, want: torch.Tensor | None = None, scale: float = 1.0
+    ) -> Check:
         """Compare with ``want`` (default: the recorded tensor ``name``) within the case's tolerance.
 
         Integer and boolean tensors must be equal. ``scale`` multiplies the tolerance (gradients).
         """
         want = self.io[name] if want is None else want
         if tuple(got.shape) != tuple(want.shape):
-            return Check(f"{name} shape {tuple(got.shape)} != {tuple(want.shape)}", float("inf"), "shape", False)
+            return Check(
+                f"{name} shape {tuple(got.shape)} != {tuple(want.shape)}", float("inf"), "shape", False
+            )
         if got.numel() == 0:
             return Check(name, 0.0, "empty", True)
         if not want.dtype.is_floating_point:
@@ -73,7 +77,12 @@ class Case:
     def equal(self, name: str, got: object, want: object) -> Check:
         """Compare two plain Python values exactly."""
         same = got == want
-        return Check(name if same else f"{name}: got {got!r}, want {want!r}", 0.0 if same else float("inf"), "exact", same)
+        return Check(
+            name if same else f"{name}: got {got!r}, want {want!r}",
+            0.0 if same else float("inf"),
+            "exact",
+            same,
+        )
 
 
 Handler = Callable[[Case], Iterator[Check]]
@@ -135,7 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
         for check in checks:
             if not (options.quiet and check.passed):
                 word = "PASS" if check.passed else "FAIL"
-                print(f"    {word} {check.name}: max abs difference {check.difference:.3g}, tolerance {check.tolerance}")
+                print(
+                    f"    {word} {check.name}: max abs difference {check.difference:.3g}, tolerance {check.tolerance}"
+                )
     print(", ".join(f"{number} {verdict}" for verdict, number in counts.items()))
     if not folders:
         print("no meta.json found under the given folders", file=sys.stderr)

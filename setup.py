@@ -1,0 +1,68 @@
+"""Package metadata of nar_speech; tool settings live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"', (HERE / "nar_speech/version.py").read_text(encoding="utf-8"), re.M
+)[1]
+
+REQUIRES = [
+    # torch and torchaudio must match each other; this pair is the one everything is tested with.
+    "torch==2.11.*",
+    "torchaudio==2.11.*",
+    "huggingface_hub>=0.25",
+    "jiwer>=3.0",
+    "lhotse>=1.30",
+    "librosa>=0.10",
+    "matplotlib>=3.7",
+    "numpy>=1.24",
+    "omegaconf>=2.3",
+    "safetensors>=0.4",
+    "sentencepiece>=0.2",
+    "silero-vad>=5.1",
+    "soundfile>=0.12",
+    "soxr>=0.5",
+    "tensorboard>=2.14",
+    "tqdm>=4.66",
+]
+
+TEST = ["hypothesis>=6.100", "pytest>=8.0", "pytest-timeout>=2.3", "ruff==0.17.*"]
+
+EXTRAS = {
+    "av": ["av>=12"],  # m4a, webm, mp4 and other containers that libsndfile can't open
+    "k2": ["k2"],  # no wheel on PyPI for new Pythons: see docs/install.md
+    "lm": ["kenlm>=0.2", "kaldifst>=1.7", "kaldi-decoder>=0.2"],
+    "serve": ["fastapi>=0.110", "uvicorn[standard]>=0.29", "python-multipart>=0.0.9"],
+    "demo": ["gradio>=4.40"],
+    "ray": ["ray[data]>=2.30"],
+    "tts": ["transformers>=4.45", "phonemizer-fork>=3.3", "pypinyin>=0.51", "jieba>=0.42", "cn2an>=0.5"],
+    "test": TEST,
+    "dev": [*TEST, "build>=1.0"],
+}
+
+setup(
+    name="nar-speech",
+    version=VERSION,
+    description="Non-autoregressive speech toolkit: recognition, synthesis, sound generation, voice conversion",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["nar_speech", "nar_speech.*", "recipes", "recipes.*"]),
+    package_data={"nar_speech": ["assets/*", "assets/*/*"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["nar-speech=nar_speech.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Multimedia :: Sound/Audio :: Speech",
+    ],
+)

@@ -47,7 +47,7 @@ EXTRAS = {
 setup(
     name="nar-speech",
     version=VERSION,
-    description="Non-autoregressive speech toolkit: recognition, synthesis, sound generation, voice conversion",
+    description="Non-autoregressive speech toolkit: train and run NAR models, official checkpoints included",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

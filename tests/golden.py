@@ -144,9 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
         for check in checks:
             if not (options.quiet and check.passed):
                 word = "PASS" if check.passed else "FAIL"
-                print(
-                    f"    {word} {check.name}: max abs difference {check.difference:.3g}, tolerance {check.tolerance}"
-                )
+                size = f"max abs difference {check.difference:.3g}, tolerance {check.tolerance}"
+                print(f"    {word} {check.name}: {size}")
     print(", ".join(f"{number} {verdict}" for verdict, number in counts.items()))
     if not folders:
         print("no meta.json found under the given folders", file=sys.stderr)

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "nar_speech"
 # Lower layers first; a module may import its own layer and those it names here.
 BASE = {"version", "errors", "types", "config", "audio", "features", "text", "metrics", "checkpoint"}
 ALLOWED = {
-    **{name: BASE for name in BASE},
+    **dict.fromkeys(BASE, BASE),
     "layers": BASE | {"layers"},
     "codec": BASE | {"layers", "codec"},
     "models": BASE | {"layers", "codec", "models", "losses"},

@@ -1,0 +1,368 @@
+"""SAN-M: self-attention with a memory block (a depthwise convolution over the values).
+
+Encoder, cross attention and decoder blocks of the Paraformer and SenseVoice models (SAN-M: arXiv 2006.01713;
+Paraformer: arXiv 2206.08317, section 3). Attribute names follow FunASR's state dicts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nar_speech.layers.position import SinusoidPosition
+
+
+class Padding(NamedTuple):
+    """Where a ragged batch is padded, in the two shapes the blocks need.
+
+    frames: (B, T, 1) one at valid frames, zero at padding, of the activations' dtype.
+    keys: (B, 1, 1, T) bool, true where attention may look.
+    """
+
+    frames: Tensor
+    keys: Tensor
+
+
+def make_padding(lengths: Tensor, size: int, dtype: torch.dtype) -> Padding | None:
+    """Masks of a batch padded to ``size`` frames, or None where nothing is padded (no mask work then).
+
+    The check needs the values of ``lengths``, so it is made on the CPU only; a GPU always gets the masks.
+    """
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths >= size).all()):
+        return None
+    valid = torch.arange(size, device=lengths.device) < lengths[:, None]
+    return Padding(valid[:, :, None].to(dtype), valid[:, None, None, :])
+
+
+def memory_padding(kernel_size: int, shift: int) -> tuple[int, int]:
+    """Zero frames (left, right) around a memory block's input; a positive ``shift`` looks further back."""
+    left = (kernel_size - 1) // 2 + max(shift, 0)
+    return left, kernel_size - 1 - left
+
+
+def memory_block(x: Tensor, weight: Tensor, left: int, right: int) -> Tensor:
+    """Depthwise convolution over time plus identity (SAN-M, equation 7).
+
+    Computed as a two-dimensional convolution on the channels-last view of x, which needs no transposed copy
+    and takes a sixth of the time of ``conv1d`` on a CPU.
+
+    Args:
+        x: (B, T, D).
+        weight: (D, 1, kernel).
+        left, right: zero frames to add on both sides; ``right`` may be negative (frames are cut).
+    """
+    inner = x
+    if left != right:
+        inner, left = F.pad(x, (0, 0, left, right)), 0
+    grid = inner.contiguous().transpose(1, 2).unsqueeze(2)
+    memory = F.conv2d(grid, weight.unsqueeze(2), padding=(0, left), groups=weight.shape[0])
+    return memory.squeeze(2).transpose(1, 2) + x
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, T, D) -> (B, heads, T, D / heads) without a copy."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, T, D / heads) -> (B, T, D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class SANMAttention(nn.Module):
+    """Multi-head self-attention whose output gets the memory of its own values added."""
+
+    def __init__(
+        self, input_size: int, size: int, heads: int, kernel_size: int, shift: int = 0, dropout: float = 0.0
+    ):
+        """``input_size`` may differ from ``size`` (first encoder block)."""
+        super().__init__()
+        if size % heads:
+            raise ValueError(f"attention width {size} is not a multiple of {heads} heads")
+        self.heads = heads
+        self.dropout = dropout
+        self.left, self.right = memory_padding(kernel_size, shift)
+        self.linear_q_k_v = nn.Linear(input_size, 3 * size)
+        self.linear_out = nn.Linear(size, size)
+        self.fsmn_block = nn.Conv1d(size, size, kernel_size, groups=size, bias=False)
+
+    def memory(self, values: Tensor, padding: Padding | None) -> Tensor:
+        """Memory (B, T, D) of the values (B, T, D); zero at padding."""
+        if padding is not None:
+            values = values * padding.frames
+        memory = memory_block(values, self.fsmn_block.weight, self.left, self.right)
+        memory = F.dropout(memory, self.dropout, self.training)
+        return memory if padding is None else memory * padding.frames
+
+    def forward(self, x: Tensor, padding: Padding | None = None) -> Tensor:
+        """(B, T, input_size) -> (B, T, size)."""
+        query, key, value = self.linear_q_k_v(x).chunk(3, dim=-1)
+        context = F.scaled_dot_product_attention(
+            split_heads(query, self.heads),
+            split_heads(key, self.heads),
+            split_heads(value, self.heads),
+            attn_mask=None if padding is None else padding.keys,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.linear_out(merge_heads(context)) + self.memory(value, padding)
+
+
+class FeedForward(nn.Module):
+    """Linear, ReLU, Linear (encoder)."""
+
+    def __init__(self, size: int, units: int, dropout: float = 0.0):
+        super().__init__()
+        self.w_1 = nn.Linear(size, units)
+        self.w_2 = nn.Linear(units, size)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.w_2(F.dropout(F.relu(self.w_1(x)), self.dropout, self.training))
+
+
+class SANMEncoderLayer(nn.Module):
+    """Pre-norm block; the attention has no residual where the input size differs from the output size."""
+
+    def __init__(
+        self,
+        input_size: int,
+        size: int,
+        heads: int,
+        units: int,
+        kernel_size: int,
+        shift: int = 0,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        norm_eps: float = 1e-12,
+    ):
+        super().__init__()
+        self.residual = input_size == size
+        self.dropout = dropout
+        self.self_attn = SANMAttention(input_size, size, heads, kernel_size, shift, attention_dropout)
+        self.feed_forward = FeedForward(size, units, dropout)
+        self.norm1 = nn.LayerNorm(input_size, eps=norm_eps)
+        self.norm2 = nn.LayerNorm(size, eps=norm_eps)
+
+    def forward(self, x: Tensor, padding: Padding | None = None) -> Tensor:
+        """(B, T, input_size) -> (B, T, size)."""
+        attended = F.dropout(self.self_attn(self.norm1(x), padding), self.dropout, self.training)
+        x = x + attended if self.residual else attended
+        return x + F.dropout(self.feed_forward(self.norm2(x)), self.dropout, self.training)
+
+
+@dataclass(frozen=True)
+class SANMEncoderConfig:
+    """Numbers of a SAN-M encoder; the defaults are those of Paraformer-large.
+
+    shift: how many frames further back the memory looks. norm_eps: 1e-12 in Paraformer, 1e-5 in SenseVoice.
+    tp_blocks: extra blocks after the first final norm, followed by a norm of their own (SenseVoice).
+    """
+
+    output_size: int = 512
+    attention_heads: int = 4
+    linear_units: int = 2048
+    num_blocks: int = 50
+    tp_blocks: int = 0
+    kernel_size: int = 11
+    shift: int = 0
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    norm_eps: float = 1e-12
+
+
+class SANMEncoder(nn.Module):
+    """SAN-M encoder: scaling by sqrt(D), position code, blocks, norm (, ``tp`` blocks, their norm)."""
+
+    frame_stride = 1
+
+    def __init__(self, input_size: int, config: SANMEncoderConfig | None = None):
+        """``input_size``: feature size F, even (the position code has this depth)."""
+        super().__init__()
+        config = config or SANMEncoderConfig()
+        self.config = config
+        self.input_size = input_size
+        self.output_size = config.output_size
+        self.embed = SinusoidPosition(input_size)
+        self.encoders0 = nn.ModuleList([self._layer(input_size, config)])
+        self.encoders = nn.ModuleList(
+            self._layer(config.output_size, config) for _ in range(config.num_blocks - 1)
+        )
+        self.after_norm = nn.LayerNorm(config.output_size, eps=config.norm_eps)
+        if config.tp_blocks > 0:
+            self.tp_encoders = nn.ModuleList(
+                self._layer(config.output_size, config) for _ in range(config.tp_blocks)
+            )
+            self.tp_norm = nn.LayerNorm(config.output_size, eps=config.norm_eps)
+
+    @staticmethod
+    def _layer(input_size: int, config: SANMEncoderConfig) -> SANMEncoderLayer:
+        return SANMEncoderLayer(
+            input_size,
+            config.output_size,
+            config.attention_heads,
+            config.linear_units,
+            config.kernel_size,
+            config.shift,
+            config.dropout,
+            config.attention_dropout,
+            config.norm_eps,
+        )
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode a padded batch.
+
+        Args:
+            x: (B, T, F) features; not changed.
+            lengths: (B,) int64 valid frames.
+
+        Returns:
+            (B, T, D) encodings and the same lengths. Padded rows hold numbers without meaning; valid rows do
+            not depend on the padding.
+        """
+        padding = make_padding(lengths, x.shape[1], x.dtype)
+        x = self.embed(x * self.output_size**0.5)
+        for layer in self.encoders0:
+            x = layer(x, padding)
+        for layer in self.encoders:
+            x = layer(x, padding)
+        x = self.after_norm(x)
+        if self.config.tp_blocks > 0:
+            for layer in self.tp_encoders:
+                x = layer(x, padding)
+            x = self.tp_norm(x)
+        return x, lengths
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of token states over a memory: one projection for keys and values."""
+
+    def __init__(self, size: int, heads: int, dropout: float = 0.0, memory_size: int | None = None):
+        """``memory_size``: width of the memory (encoder output); default ``size``."""
+        super().__init__()
+        if size % heads:
+            raise ValueError(f"attention width {size} is not a multiple of {heads} heads")
+        self.heads = heads
+        self.dropout = dropout
+        self.linear_q = nn.Linear(size, size)
+        self.linear_k_v = nn.Linear(memory_size or size, 2 * size)
+        self.linear_out = nn.Linear(size, size)
+
+    def forward(self, x: Tensor, memory: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, U, D) queries.
+            memory: (B, T, E).
+            keys: (B, 1, 1, T) bool, true where attention may look; None: everywhere.
+        """
+        key, value = self.linear_k_v(memory).chunk(2, dim=-1)
+        context = F.scaled_dot_product_attention(
+            split_heads(self.linear_q(x), self.heads),
+            split_heads(key, self.heads),
+            split_heads(value, self.heads),
+            attn_mask=keys,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.linear_out(merge_heads(context))
+
+    def weights(self, x: Tensor, memory: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Attention weights (B, heads, U, T) of :meth:`forward`, without dropout."""
+        key = self.linear_k_v(memory).chunk(2, dim=-1)[0]
+        query, key = split_heads(self.linear_q(x), self.heads), split_heads(key, self.heads)
+        scores = (query @ key.transpose(-2, -1)) * query.shape[-1] ** -0.5
+        if keys is not None:
+            scores = scores.masked_fill(~keys, float("-inf"))
+        return scores.softmax(dim=-1)
+
+
+class TokenMemory(nn.Module):
+    """The decoder's stand-in for self-attention: a memory block over the tokens."""
+
+    def __init__(self, size: int, kernel_size: int, shift: int = 0, dropout: float = 0.0):
+        super().__init__()
+        self.dropout = dropout
+        self.left, self.right = memory_padding(kernel_size, shift)
+        self.fsmn_block = nn.Conv1d(size, size, kernel_size, groups=size, bias=False)
+
+    def forward(self, x: Tensor, padding: Padding | None = None) -> Tensor:
+        """(B, U, D) -> (B, U, D), zero at padding."""
+        if padding is not None:
+            x = x * padding.frames
+        x = memory_block(x, self.fsmn_block.weight, self.left, self.right)
+        x = F.dropout(x, self.dropout, self.training)
+        return x if padding is None else x * padding.frames
+
+
+class NormedFeedForward(nn.Module):
+    """The decoder's feed forward: Linear, ReLU, LayerNorm, Linear without bias."""
+
+    def __init__(self, size: int, units: int, dropout: float = 0.0, norm_eps: float = 1e-12):
+        super().__init__()
+        self.w_1 = nn.Linear(size, units)
+        self.w_2 = nn.Linear(units, size, bias=False)
+        self.norm = nn.LayerNorm(units, eps=norm_eps)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, U, D) -> (B, U, D)."""
+        return self.w_2(self.norm(F.dropout(F.relu(self.w_1(x)), self.dropout, self.training)))
+
+
+class SANMDecoderLayer(nn.Module):
+    """Feed forward, then token memory, then cross attention, in this unusual order.
+
+    The block input is the residual of the memory, so the feed forward has none of its own; a block without
+    memory returns the feed forward's output alone.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        feed_forward: NormedFeedForward,
+        self_attn: TokenMemory | None = None,
+        src_attn: CrossAttention | None = None,
+        dropout: float = 0.0,
+        norm_eps: float = 1e-12,
+    ):
+        super().__init__()
+        self.dropout = dropout
+        self.feed_forward = feed_forward
+        self.self_attn = self_attn
+        self.src_attn = src_attn
+        self.norm1 = nn.LayerNorm(size, eps=norm_eps)
+        if self_attn is not None:
+            self.norm2 = nn.LayerNorm(size, eps=norm_eps)
+        if src_attn is not None:
+            self.norm3 = nn.LayerNorm(size, eps=norm_eps)
+
+    def remember(self, x: Tensor, padding: Padding | None = None) -> Tensor:
+        """The block up to the token memory: (B, U, D) -> (B, U, D)."""
+        inner = self.feed_forward(self.norm1(x))
+        if self.self_attn is None:
+            return inner
+        return x + F.dropout(self.self_attn(self.norm2(inner), padding), self.dropout, self.training)
+
+    def forward(
+        self,
+        x: Tensor,
+        padding: Padding | None = None,
+        memory: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            x: (B, U, D) token states.
+            padding: of the tokens.
+            memory: (B, T, E) what the cross attention looks at; needed where the block has one.
+            keys: (B, 1, 1, T) bool, valid memory frames.
+        """
+        x = self.remember(x, padding)
+        if self.src_attn is not None:
+            x = x + F.dropout(self.src_attn(self.norm3(x), memory, keys), self.dropout, self.training)
+        return x

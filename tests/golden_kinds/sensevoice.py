@@ -1,0 +1,3 @@
+"""Handlers of recorded cases: kind -> function from a case to its checks."""
+
+HANDLERS: dict = {}

@@ -1,0 +1,581 @@
+"""Waveforms to features: Kaldi filter banks with frame stacking and CMVN, and Whisper's log-mel.
+
+One :class:`Frontend` serves files and streams. ``forward`` takes whole utterances, ``step`` takes chunks and
+carries a :class:`FrontendState`; both run the same code, so their outputs agree for every chunking.
+
+Sources: Kaldi ``feat/feature-fbank.cc`` (filter bank), FunASR ``WavFrontend`` (frame stacking and CMVN),
+Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision", section 2.2 (log-mel).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nar_speech.errors import ConfigError
+
+PREEMPHASIS = 0.97
+INT16_SCALE = 32768.0  # Kaldi works on 16-bit integers
+LOG_FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor before the logarithm
+
+
+@dataclass(frozen=True)
+class FrontendConfig:
+    """The ``frontend`` part of a model.
+
+    Args:
+        kind: ``fbank`` (Kaldi, natural log, samples scaled to 16 bit) or ``log_mel`` (Whisper: log10,
+            floored 8 below the utterance's maximum, then ``(x + 4) / 4``).
+        window: of ``fbank``: ``povey`` (default), ``hamming`` or ``hann``. ``log_mel`` always uses ``hann``.
+        frame_ms, shift_ms: length and hop of a frame in milliseconds.
+        low_hz: lower edge of the filters; default 20 (``fbank``) or 0 (``log_mel``).
+        high_hz: upper edge; 0 or less counts from half the sample rate.
+        dither: standard deviation of the noise added in training mode, in 16-bit steps (``fbank`` only).
+        lfr_m, lfr_n: stack ``lfr_m`` frames every ``lfr_n`` frames (low frame rate); 1, 1 is off.
+        cmvn: file in the model folder with mean and scale: ``*.mvn`` (Kaldi text) or ``*.json`` (WeNet).
+    """
+
+    kind: Literal["fbank", "log_mel"] = "fbank"
+    sample_rate: int = 16000
+    num_mels: int = 80
+    window: Literal["povey", "hamming", "hann"] | None = None
+    frame_ms: float = 25.0
+    shift_ms: float = 10.0
+    low_hz: float | None = None
+    high_hz: float = 0.0
+    dither: float = 0.0
+    lfr_m: int = 1
+    lfr_n: int = 1
+    cmvn: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("fbank", "log_mel"):
+            raise ConfigError(f"frontend.kind: got {self.kind!r}; valid values: fbank, log_mel")
+        if self.window not in (None, "povey", "hamming", "hann"):
+            raise ConfigError(f"frontend.window: got {self.window!r}; valid values: povey, hamming, hann")
+        if self.sample_rate < 1000:
+            raise ConfigError(f"frontend.sample_rate: got {self.sample_rate}; expected Hz, 1000 or more")
+        if self.num_mels < 1:
+            raise ConfigError(f"frontend.num_mels: got {self.num_mels}; must be at least 1")
+        if self.frame_samples < 2 or self.shift_samples < 1:
+            raise ConfigError(
+                f"frontend: frame_ms {self.frame_ms:g} and shift_ms {self.shift_ms:g} are too short for"
+                f" {self.sample_rate} Hz; need a frame of 2 samples and a shift of 1"
+            )
+        low, high = self.band
+        if not 0 <= low < high <= self.sample_rate / 2:
+            raise ConfigError(
+                f"frontend: filters from {low:g} to {high:g} Hz do not fit 0 to {self.sample_rate / 2:g} Hz"
+            )
+        if not 1 <= self.lfr_n <= self.lfr_m:
+            raise ConfigError(
+                f"frontend: need 1 <= lfr_n <= lfr_m, got lfr_m {self.lfr_m}, lfr_n {self.lfr_n}"
+            )
+        if self.dither < 0:
+            raise ConfigError(f"frontend.dither: got {self.dither:g}; must not be negative")
+        if self.kind == "log_mel" and self.window not in (None, "hann"):
+            raise ConfigError(f"frontend.window: log_mel uses hann, got {self.window!r}; leave the key out")
+        if self.kind == "log_mel" and self.dither:
+            raise ConfigError("frontend.dither: only kind fbank has dither; leave the key out")
+
+    @property
+    def frame_samples(self) -> int:
+        """Samples in one frame."""
+        return int(self.sample_rate * self.frame_ms * 0.001)
+
+    @property
+    def shift_samples(self) -> int:
+        """Samples from one frame to the next."""
+        return int(self.sample_rate * self.shift_ms * 0.001)
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """Lower and upper edge of the filters in Hz."""
+        low = self.low_hz if self.low_hz is not None else (20.0 if self.kind == "fbank" else 0.0)
+        high = self.high_hz if self.high_hz > 0 else self.high_hz + self.sample_rate / 2
+        return low, high
+
+
+@dataclass(frozen=True)
+class FrontendState:
+    """What a stream carries from one ``step`` to the next. The first dimension of every tensor is the batch.
+
+    Sizes do not depend on the chunks, so streams can be gathered, scattered and stacked freely.
+
+    Args:
+        samples: (B, S) float32 samples that wait for a full frame, left aligned; S = frame length - 1.
+        num_samples: (B,) int64, how many of them are valid.
+        frames: (B, P, M) float32 frames kept for the next stack, left aligned; P = lfr_m - 1.
+        num_frames: (B,) int64, how many of them are valid.
+        started: (B,) bool, whether the stream has given its first frame.
+    """
+
+    samples: Tensor
+    num_samples: Tensor
+    frames: Tensor
+    num_frames: Tensor
+    started: Tensor
+
+    def to(self, device: torch.device | str) -> FrontendState:
+        """The same state on another device."""
+        return FrontendState(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+class Frontend(nn.Module):
+    """Waveforms to features. It has no trainable parameters and nothing in its state dict.
+
+    Its constants stay float32 under ``.half()`` and ``.to(dtype)``, and autocast is off inside: features
+    are float32.
+
+    Args:
+        cmvn: (shift, scale), each (F,): the output is ``(stacked + shift) * scale``.
+
+    Attributes:
+        feature_size: F, values per output frame (``num_mels * lfr_m``).
+        frame_shift: seconds per output frame.
+    """
+
+    def __init__(self, config: FrontendConfig, cmvn: tuple[Tensor, Tensor] | None = None):
+        super().__init__()
+        self.config = config
+        self.frame = config.frame_samples
+        self.shift = config.shift_samples
+        self.feature_size = config.num_mels * config.lfr_m
+        self.frame_shift = self.shift / config.sample_rate * config.lfr_n
+        low, high = config.band
+        if config.kind == "fbank":
+            self.fft_size = _power_of_two(self.frame)
+            window = _kaldi_window(config.window or "povey", self.frame)
+            mel = kaldi_mel_matrix(config.num_mels, self.fft_size, config.sample_rate, low, high)
+        else:
+            self.fft_size = self.frame
+            window = torch.hann_window(self.frame, dtype=torch.float64)
+            mel = slaney_mel_matrix(config.num_mels, self.fft_size, config.sample_rate, low, high)
+        self.register_buffer("window", window.float(), persistent=False)
+        self.register_buffer("mel", mel.float().T.contiguous(), persistent=False)
+        for name, value in zip(("cmvn_shift", "cmvn_scale"), cmvn or (None, None), strict=True):
+            if value is not None and tuple(value.shape) != (self.feature_size,):
+                raise ConfigError(
+                    f"frontend: {name} has shape {tuple(value.shape)}, the features have {self.feature_size}"
+                    " values (num_mels * lfr_m); use the CMVN file that belongs to this frontend"
+                )
+            self.register_buffer(name, None if value is None else value.float(), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """Follow the module to another device but never to another dtype."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+    def num_frames(self, samples: int | Tensor) -> int | Tensor:
+        """Output frames of an utterance of ``samples`` samples: 0 for an empty one, else at least 1."""
+        if isinstance(samples, Tensor):
+            frames = self._whole_frames(samples)
+            return torch.div(frames + self.config.lfr_n - 1, self.config.lfr_n, rounding_mode="floor")
+        return int(self.num_frames(torch.tensor(samples)))
+
+    def forward(
+        self, waves: Tensor, lengths: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features of whole utterances; a batch gives the same as its single items.
+
+        A clip shorter than one frame gives one frame (``fbank``: with the window shortened to the clip, as
+        FunASR does; ``log_mel``: the clip is followed by zeros).
+
+        Args:
+            waves: (B, N) samples in [-1, 1]; what lies beyond ``lengths`` is ignored.
+            lengths: (B,) int64, valid samples.
+            generator: of the dither noise; default torch's global one.
+
+        Returns:
+            features (B, T, F) float32, rows beyond an item's length are zero; lengths (B,) int64.
+        """
+        with torch.autocast(waves.device.type, enabled=False):
+            waves, lengths = self._check(waves, lengths)
+            if self.config.kind == "log_mel":
+                frames, counts = self._log_mel(waves, lengths)
+                return self._finish(*stack_frames(frames, counts, self.config.lfr_m, self.config.lfr_n))
+            frames, counts = self._fbank(self._scale(waves, generator), lengths)
+            short = (lengths > 0) & (lengths < self.frame)
+            frames, counts = self._short_clips(waves, lengths, short, frames, counts)
+            return self._finish(*stack_frames(frames, counts, self.config.lfr_m, self.config.lfr_n))
+
+    def init_state(
+        self, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> FrontendState:
+        """The state of ``batch`` streams that have not begun. Always float32."""
+        self._check_streaming()
+        del dtype  # part of the common contract of streaming modules
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(batch, *shape, dtype=dtype, device=device)
+
+        return FrontendState(
+            samples=zeros(self.frame - 1, dtype=torch.float32),
+            num_samples=zeros(),
+            frames=zeros(self.config.lfr_m - 1, self.config.num_mels, dtype=torch.float32),
+            num_frames=zeros(),
+            started=zeros(dtype=torch.bool),
+        )
+
+    def step(
+        self,
+        waves: Tensor,
+        lengths: Tensor,
+        state: FrontendState,
+        final: bool | Tensor = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, FrontendState]:
+        """Features of the next chunk of every stream; concatenated they equal ``forward``.
+
+        Args:
+            waves: (B, N) new samples in [-1, 1]; N and any of ``lengths`` may be 0.
+            lengths: (B,) int64, valid new samples.
+            final: whether the stream ends with this chunk: one flag, or (B,) bool. What waits is then given
+                out, and the stream's state is that of a new stream.
+
+        Returns:
+            features (B, T, F) float32, zero beyond ``lengths``; lengths (B,) int64; the next state.
+
+        Raises:
+            ConfigError: ``log_mel``, whose scaling needs the whole utterance.
+        """
+        self._check_streaming()
+        with torch.autocast(waves.device.type, enabled=False):
+            waves, lengths = self._check(waves, lengths)
+            final = torch.as_tensor(final, dtype=torch.bool, device=waves.device).expand(len(waves))
+            scaled = self._scale(waves, generator)
+            buffer, filled = _append(state.samples, state.num_samples, scaled, lengths)
+            frames, counts = self._fbank(buffer, filled)
+            short = final & ~state.started & (filled > 0) & (filled < self.frame)
+            frames, counts = self._short_clips(buffer / INT16_SCALE, filled, short, frames, counts)
+
+            m, n = self.config.lfr_m, self.config.lfr_n
+            first = ~state.started & (counts > 0)
+            left = (m - 1) // 2
+            if left and frames.shape[1]:  # a stream begins with copies of its first frame
+                head = frames[:, :1].expand(-1, left, -1)
+                held, held_counts = _append(state.frames, state.num_frames, head, first * left)
+            else:
+                held, held_counts = state.frames, state.num_frames
+            frames_all, total = _append(held, held_counts, frames, counts)
+            running = torch.div(total - m, n, rounding_mode="floor") + 1
+            ending = torch.div(total - left + n - 1, n, rounding_mode="floor")
+            emitted = torch.where(final, ending, running).clamp(min=0)
+            stacked = _stack(frames_all, total, emitted, m, n, offset=0)
+            features, emitted = self._finish(stacked, emitted)
+
+            keep = ~final
+            samples, num_samples = _drop(buffer, filled, counts * self.shift, self.frame - 1, keep)
+            frames_kept, num_kept = _drop(frames_all, total, emitted * n, m - 1, keep)
+            started = (state.started | first) & keep
+            return features, emitted, FrontendState(samples, num_samples, frames_kept, num_kept, started)
+
+    def _check_streaming(self) -> None:
+        if self.config.kind == "log_mel":
+            raise ConfigError(
+                "frontend.kind: log_mel is scaled by the maximum of the whole utterance and can't stream;"
+                " use a model with kind fbank"
+            )
+
+    def _check(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        if waves.ndim != 2 or lengths.shape != waves.shape[:1]:
+            raise ConfigError(
+                f"frontend: expected waves (B, N) and lengths (B,), got {tuple(waves.shape)} and"
+                f" {tuple(lengths.shape)}"
+            )
+        return waves.float(), lengths.to(waves.device)
+
+    def _scale(self, waves: Tensor, generator: torch.Generator | None) -> Tensor:
+        waves = waves * INT16_SCALE
+        if self.training and self.config.dither:
+            noise = torch.randn(waves.shape, generator=generator, device=waves.device)
+            waves = waves.add_(noise, alpha=self.config.dither)
+        return waves
+
+    def _whole_frames(self, samples: Tensor) -> Tensor:
+        """Frames before stacking, short clips included."""
+        if self.config.kind == "log_mel":
+            frames = torch.div(samples, self.shift, rounding_mode="floor")
+        else:
+            frames = torch.div(samples - self.frame, self.shift, rounding_mode="floor") + 1
+        return torch.where(samples > 0, frames.clamp(min=1), 0)
+
+    def _fbank(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Log mel energies (B, T, M) of the complete frames of ``waves`` (B, N), scaled to 16 bit."""
+        counts = (torch.div(lengths - self.frame, self.shift, rounding_mode="floor") + 1).clamp(min=0)
+        if waves.shape[1] < self.frame:
+            return waves.new_zeros(len(waves), 0, self.config.num_mels), counts
+        frames = kaldi_spectrum_frames(waves, self.window, self.shift)
+        return _log_energies(frames, self.fft_size, self.mel), counts
+
+    def _short_clips(
+        self, waves: Tensor, lengths: Tensor, short: Tensor, frames: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Give the clips in ``short`` (B,) the single frame of a window as long as the clip.
+
+        ``waves`` are in [-1, 1]. Such clips are rare, and each needs its own window, FFT size and filters, so
+        this is the one place that looks at items one by one.
+        """
+        rows = short.nonzero().flatten().tolist()
+        if not rows:
+            return frames, counts
+        if not frames.shape[1]:
+            frames = frames.new_zeros(len(waves), 1, self.config.num_mels)
+        config = self.config
+        for row in rows:
+            size = int(lengths[row])
+            window = _kaldi_window(config.window or "povey", size).to(waves)
+            fft_size = _power_of_two(max(size, 2))
+            mel = kaldi_mel_matrix(config.num_mels, fft_size, config.sample_rate, *config.band).T.to(waves)
+            clip = kaldi_spectrum_frames(waves[row : row + 1, :size] * INT16_SCALE, window, self.shift)
+            frames[row, 0] = _log_energies(clip, fft_size, mel)[0, 0]
+        return frames, counts.masked_fill(short, 1)
+
+    def _log_mel(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Whisper's log-mel (B, T, M): centred frames, the clip mirrored at its start, zeros after its end.
+
+        With zeros after the end a result does not depend on padding, and it equals Whisper's, which pads
+        every clip with zeros to 30 s.
+        """
+        half = self.frame // 2
+        counts = self._whole_frames(lengths)
+        total = max(int(counts.max()), 1) if len(counts) else 1
+        size = max((total - 1) * self.shift + half, half + 1)
+        position = torch.arange(waves.shape[1], device=waves.device)
+        waves = waves.masked_fill(position >= lengths[:, None], 0.0)[:, :size]
+        waves = nn.functional.pad(waves, (0, size - waves.shape[1]))
+        waves = torch.cat([waves[:, 1 : half + 1].flip(1), waves], dim=1)
+        frames = waves.unfold(1, self.frame, self.shift) * self.window
+        energies = (_power(frames, self.fft_size) @ self.mel).clamp_(min=1e-10).log10_()
+        valid = torch.arange(energies.shape[1], device=waves.device) < counts[:, None]
+        peak = energies.masked_fill(~valid[..., None], -math.inf).amax(dim=(1, 2), keepdim=True)
+        return torch.maximum(energies, peak - 8.0).add_(4.0).div_(4.0), counts
+
+    def _finish(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply CMVN, cut to the longest item, and zero the padding."""
+        longest = int(lengths.max()) if len(lengths) else 0
+        features = features[:, :longest]
+        if self.cmvn_shift is not None:
+            features = (features + self.cmvn_shift).mul_(self.cmvn_scale)
+        padded = torch.arange(longest, device=features.device) >= lengths[:, None]
+        return features.masked_fill(padded[..., None], 0.0), lengths
+
+
+def build_frontend(config: FrontendConfig, folder: str | Path = ".") -> Frontend:
+    """The frontend of a model folder: reads the CMVN file that ``config.cmvn`` names, if any."""
+    if config.cmvn is None:
+        return Frontend(config)
+    path = Path(folder) / config.cmvn
+    if path.suffix == ".json" or path.name == "global_cmvn":
+        return Frontend(config, read_json_cmvn(path))
+    return Frontend(config, read_kaldi_cmvn(path))
+
+
+def stack_frames(frames: Tensor, lengths: Tensor, m: int, n: int) -> tuple[Tensor, Tensor]:
+    """Low frame rate: stack ``m`` frames every ``n`` frames.
+
+    Stack i holds frames ``n*i - (m-1)//2 ... n*i - (m-1)//2 + m - 1``; outside the utterance the first or
+    last frame is repeated.
+
+    Args:
+        frames: (B, T, M); lengths: (B,) int64.
+
+    Returns:
+        (B, ceil(T / n), m * M) and (B,) ``ceil(lengths / n)``; rows beyond are not meaningful.
+    """
+    if m == 1 and n == 1:
+        return frames, lengths
+    stacks = torch.div(lengths + n - 1, n, rounding_mode="floor")
+    return _stack(frames, lengths, stacks, m, n, offset=-((m - 1) // 2)), stacks
+
+
+def _stack(frames: Tensor, lengths: Tensor, stacks: Tensor, m: int, n: int, offset: int) -> Tensor:
+    """Stacks (B, max(stacks), m * M) that start at frame ``n*i + offset``, clamped to each item's frames."""
+    batch, total, size = frames.shape
+    rows = int(stacks.max()) if batch else 0
+    if not rows:
+        return frames.new_zeros(batch, 0, m * size)
+    if m == 1 and n == 1:
+        return frames[:, :rows]
+    device = frames.device
+    index = torch.arange(rows, device=device)[:, None] * n + torch.arange(m, device=device) + offset
+    index = torch.minimum(index.flatten().clamp(min=0), (lengths - 1).clamp(min=0)[:, None])
+    index = index + torch.arange(batch, device=device)[:, None] * total
+    return frames.reshape(batch * total, size).index_select(0, index.flatten()).view(batch, rows, m * size)
+
+
+def _append(held: Tensor, num_held: Tensor, new: Tensor, num_new: Tensor) -> tuple[Tensor, Tensor]:
+    """Per item, the first ``num_held`` entries of ``held`` followed by ``new``: (B, S + N, ...), counts."""
+    both = torch.cat([held, new], dim=1)
+    size = held.shape[1]
+    position = torch.arange(both.shape[1], device=both.device)
+    index = torch.where(position < num_held[:, None], position, position - num_held[:, None] + size)
+    index = index.clamp(max=max(both.shape[1] - 1, 0))
+    return _take(both, index), num_held + num_new
+
+
+def _drop(buffer: Tensor, filled: Tensor, count: Tensor, size: int, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """What is left of each item after its first ``count`` entries, (B, size, ...); none unless ``keep``."""
+    left = torch.where(keep, filled - count, 0).clamp(min=0)
+    position = torch.arange(size, device=buffer.device)
+    if not size or not buffer.shape[1]:
+        return buffer.new_zeros(len(buffer), size, *buffer.shape[2:]), left
+    index = (position + count[:, None]).clamp(max=buffer.shape[1] - 1)
+    valid = (position < left[:, None]).view(len(buffer), size, *[1] * (buffer.ndim - 2))
+    return torch.where(valid, _take(buffer, index), 0.0), left
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """Entries ``index`` (B, K) of dimension 1 of ``values`` (B, S) or (B, S, M)."""
+    if values.ndim == 3:
+        index = index[..., None].expand(-1, -1, values.shape[2])
+    return values.gather(1, index)
+
+
+def kaldi_spectrum_frames(waves: Tensor, window: Tensor, shift: int) -> Tensor:
+    """Frames (B, T, W) of ``waves`` (B, N >= W) without DC, with pre-emphasis, times ``window`` (W,).
+
+    Kaldi removes the mean of a frame and then takes ``x[i] - 0.97 x[i-1]`` with ``x[-1] = x[0]``. Both are
+    linear, so pre-emphasis runs once over the waveform (overlapping frames share it) and only
+    ``0.03 * mean`` is left to subtract from each frame.
+    """
+    size = len(window)
+    rest = 1.0 - PREEMPHASIS
+    frames = waves.unfold(1, size, shift)
+    mean = frames.mean(-1, keepdim=True)
+    emphasised = torch.sub(waves, waves.roll(1, dims=1), alpha=PREEMPHASIS)  # its first sample is not used
+    result = emphasised.unfold(1, size, shift) - mean * rest
+    result[..., 0] = (frames[..., 0] - mean[..., 0]) * rest
+    return result.mul_(window)
+
+
+def _log_energies(frames: Tensor, fft_size: int, mel: Tensor) -> Tensor:
+    """Natural log of the mel energies (B, T, M) of windowed frames (B, T, W)."""
+    return (_power(frames, fft_size) @ mel).clamp_(min=LOG_FLOOR).log_()
+
+
+def _power(frames: Tensor, fft_size: int) -> Tensor:
+    """Power spectrum (..., fft_size // 2 + 1) of frames (..., W), zero padded to ``fft_size``."""
+    spectrum = torch.fft.rfft(frames, n=fft_size)
+    return spectrum.real.square() + spectrum.imag.square()
+
+
+def kaldi_mel_matrix(num_mels: int, fft_size: int, sample_rate: int, low: float, high: float) -> Tensor:
+    """Kaldi's filters (num_mels, fft_size // 2 + 1) float64: triangles in mel, 1127 ln(1 + f / 700)."""
+
+    def to_mel(hz: Tensor | float) -> Tensor:
+        return 1127.0 * torch.log1p(torch.as_tensor(hz, dtype=torch.float64) / 700.0)
+
+    edges = torch.linspace(to_mel(low).item(), to_mel(high).item(), num_mels + 2, dtype=torch.float64)
+    bins = to_mel(torch.arange(fft_size // 2 + 1, dtype=torch.float64) * sample_rate / fft_size)
+    matrix = _triangles(bins, edges)
+    matrix[:, -1] = 0.0  # Kaldi leaves out the bin at half the sample rate
+    return matrix
+
+
+def slaney_mel_matrix(num_mels: int, fft_size: int, sample_rate: int, low: float, high: float) -> Tensor:
+    """Slaney's filters (num_mels, fft_size // 2 + 1) float64, of equal area; the ones Whisper uses.
+
+    The scale is linear below 1 kHz (200/3 Hz a mel) and logarithmic above (Auditory Toolbox, 1998).
+    """
+    step, knee_hz, log_step = 200.0 / 3.0, 1000.0, math.log(6.4) / 27.0
+    knee = knee_hz / step
+
+    def to_mel(hz: float) -> float:
+        return hz / step if hz < knee_hz else knee + math.log(hz / knee_hz) / log_step
+
+    mels = torch.linspace(to_mel(low), to_mel(high), num_mels + 2, dtype=torch.float64)
+    edges = torch.where(mels < knee, mels * step, knee_hz * torch.exp(log_step * (mels - knee)))
+    bins = torch.arange(fft_size // 2 + 1, dtype=torch.float64) * sample_rate / fft_size
+    return _triangles(bins, edges) * (2.0 / (edges[2:] - edges[:-2]))[:, None]
+
+
+def _triangles(bins: Tensor, edges: Tensor) -> Tensor:
+    """Filters (K, bins) of height 1: up from ``edges[k]`` to ``edges[k + 1]``, down to ``edges[k + 2]``."""
+    left, centre, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    return torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0)
+
+
+def read_kaldi_cmvn(path: str | Path) -> tuple[Tensor, Tensor]:
+    """(shift, scale), each (F,) float32, of a Kaldi network in text form (FunASR's ``am.mvn``).
+
+    Raises:
+        ConfigError: a missing file, a section that is missing or empty, values that are not finite numbers.
+    """
+    words = _read_text(path).split()
+    shift = _kaldi_section(words, "<AddShift>", path)
+    scale = _kaldi_section(words, "<Rescale>", path)
+    if len(shift) != len(scale):
+        raise ConfigError(
+            f"{path}: <AddShift> has {len(shift)} values, <Rescale> has {len(scale)}; need as many"
+        )
+    return shift, scale
+
+
+def _kaldi_section(words: list[str], name: str, path: str | Path) -> Tensor:
+    """The values between the brackets that follow the section ``name``."""
+    try:
+        begin = words.index("[", words.index(name))
+        end = words.index("]", begin)
+        values = torch.tensor([float(word) for word in words[begin + 1 : end]])
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: no readable values [ ... ] after {name}; is it a Kaldi CMVN file?"
+        ) from error
+    if not len(values) or not values.isfinite().all():
+        raise ConfigError(f"{path}: the values after {name} are empty or not finite; use an intact file")
+    return values
+
+
+def read_json_cmvn(path: str | Path) -> tuple[Tensor, Tensor]:
+    """(shift, scale), each (F,) float32: minus the mean and the inverse deviation of WeNet's ``global_cmvn``.
+
+    The file holds the sums ``mean_stat``, ``var_stat`` (of squares) and ``frame_num``.
+
+    Raises:
+        ConfigError: a missing or malformed file.
+    """
+    try:
+        tree = json.loads(_read_text(path))
+        count = float(tree["frame_num"])
+        sums = torch.tensor(tree["mean_stat"], dtype=torch.float64)
+        squares = torch.tensor(tree["var_stat"], dtype=torch.float64)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path}: not a WeNet CMVN file with mean_stat, var_stat and frame_num") from error
+    if count <= 0 or sums.ndim != 1 or sums.shape != squares.shape or not len(sums):
+        raise ConfigError(f"{path}: need frame_num > 0 and mean_stat, var_stat of the same length")
+    mean = sums / count
+    deviation = (squares / count - mean.square()).clamp(min=1e-20).sqrt()
+    if not (mean.isfinite().all() and deviation.isfinite().all()):
+        raise ConfigError(f"{path}: the statistics are not finite; use an intact file")
+    return -mean.float(), deviation.reciprocal().float()
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: can't read the CMVN file ({type(error).__name__}); check the path"
+        ) from error
+
+
+def select_streams(state: FrontendState, index: Tensor) -> FrontendState:
+    """The states of the streams ``index`` (K,), as a batch of K."""
+    return replace(state, **{name: value[index] for name, value in vars(state).items()})
+
+
+def _kaldi_window(name: str, size: int) -> Tensor:
+    if name == "hamming":
+        return torch.hamming_window(size, periodic=False, dtype=torch.float64)
+    hann = torch.hann_window(size, periodic=False, dtype=torch.float64)
+    return hann.pow(0.85) if name == "povey" else hann
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()

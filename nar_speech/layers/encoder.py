@@ -9,9 +9,11 @@ from torch import nn
 
 from nar_speech import config
 from nar_speech.errors import ConfigError
+from nar_speech.layers.conformer import ConformerEncoder, ConformerEncoderConfig
 from nar_speech.layers.sanm import SANMEncoder, SANMEncoderConfig
 
 ENCODERS: dict[str, tuple[type[nn.Module], type]] = {
+    "conformer": (ConformerEncoder, ConformerEncoderConfig),
     "sanm": (SANMEncoder, SANMEncoderConfig),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -53,4 +55,25 @@ class SinusoidPosition(nn.Module):
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """(B, T, D) -> (B, T, D) with the code added; ``start`` is the index of the first frame."""
         return x + self.code(x.shape[1], x.device, start).to(x.dtype)
-        return x + self.code(x.shape[1], x.device, start).to(x.dtype)
+
+
+def interleaved_sinusoid(length: int, width: int, device: torch.device, offset: int = 0) -> Tensor:
+    """Sinusoids with sine on even and cosine on odd columns (Vaswani et al. 2017, section 3.5).
+
+    Returns:
+        (length, width) float32 for the positions ``offset .. offset + length - 1``.
+    """
+    position = torch.arange(offset, offset + length, device=device, dtype=torch.float32).unsqueeze(1)
+    rate = torch.exp(
+        torch.arange(0, width, 2, device=device, dtype=torch.float32) * (-math.log(10000.0) / width)
+    )
+    angle = position * rate
+    code = torch.empty(length, width, device=device)
+    code[:, 0::2] = torch.sin(angle)
+    code[:, 1::2] = torch.cos(angle[:, : width // 2])
+    return code
+
+
+def valid_mask(lengths: Tensor, size: int) -> Tensor:
+    """(B, size) bool, true at the valid frames of sequences with ``lengths`` (B,)."""
+    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)

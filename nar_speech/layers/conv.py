@@ -1,0 +1,82 @@
+"""Convolution module of the conformer (Gulati et al. 2020, section 2.2) with WeNet's parameter names."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import glu, pad
+
+from nar_speech.errors import ConfigError
+
+
+class ConvolutionModule(nn.Module):
+    """Pointwise convolution with GLU, depthwise convolution, norm, activation, pointwise convolution.
+
+    Args:
+        width: channels D.
+        kernel: depthwise kernel; odd unless ``causal``.
+        activation: after the norm.
+        norm: ``batch_norm`` or ``layer_norm``.
+        causal: see only the ``kernel - 1`` frames before; else centred.
+        bias: of the three convolutions.
+        eps: of the norm.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        kernel: int,
+        activation: nn.Module,
+        norm: str = "batch_norm",
+        causal: bool = False,
+        bias: bool = True,
+        eps: float = 1e-5,
+    ):
+        super().__init__()
+        if not causal and kernel % 2 == 0:
+            raise ConfigError(
+                f"cnn_module_kernel: {kernel} is even; a non-causal convolution needs an odd one"
+            )
+        if norm not in ("batch_norm", "layer_norm"):
+            raise ConfigError(f"cnn_module_norm: got {norm!r}; valid values: batch_norm, layer_norm")
+        self.context = kernel - 1 if causal else 0
+        self.pointwise_conv1 = nn.Conv1d(width, 2 * width, 1, bias=bias)
+        side = 0 if causal else (kernel - 1) // 2
+        self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=side, groups=width, bias=bias)
+        self.norm = nn.BatchNorm1d(width, eps=eps) if norm == "batch_norm" else nn.LayerNorm(width, eps=eps)
+        self.pointwise_conv2 = nn.Conv1d(width, width, 1, bias=bias)
+        self.activation = activation
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        valid: torch.Tensor,
+        left: torch.Tensor | None = None,
+        official_padding: bool = False,
+    ) -> torch.Tensor:
+        """Convolve ``x`` (B, T, D).
+
+        Args:
+            valid: (B, T) bool; other frames count as silence and come out zero.
+            left: (B, kernel - 1, D) the inputs before ``x`` of a causal module; zeros when None.
+            official_padding: WeNet zeroes padded frames before the first pointwise convolution only, so its
+                bias leaks from the padding into the last frames of a non-causal module and a batch differs
+                from single items. True repeats that; the default zeroes the depthwise input too.
+
+        Returns:
+            (B, T, D).
+        """
+        keep = valid.unsqueeze(1)
+        x = x.transpose(1, 2).masked_fill(~keep, 0.0)
+        if self.context:
+            x = pad(x, (self.context, 0)) if left is None else torch.cat([left.transpose(1, 2), x], 2)
+        x = glu(self.pointwise_conv1(x), dim=1)
+        if not self.context and not official_padding:
+            x = x.masked_fill(~keep, 0.0)
+        x = self.depthwise_conv(x)
+        if isinstance(self.norm, nn.LayerNorm):
+            x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        else:
+            x = self.norm(x)
+        x = self.pointwise_conv2(self.activation(x))
+        return x.masked_fill(~keep, 0.0).transpose(1, 2)

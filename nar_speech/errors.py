@@ -33,6 +33,10 @@ class HubError(InputError):
     """A model name that can't be resolved to a local folder."""
 
 
+class TrainingError(NarSpeechError, RuntimeError):
+    """Training that can't go on: losses that stay non-finite, processes that disagree."""
+
+
 class MissingExtraError(NarSpeechError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nar_speech.layers.intermediate import Tap
 from nar_speech.layers.position import SinusoidPosition
 
 
@@ -32,10 +33,17 @@ def make_padding(lengths: Tensor, size: int, dtype: torch.dtype) -> Padding | No
 
     The check needs the values of ``lengths``, so it is made on the CPU only; a GPU always gets the masks.
     """
+    keys = make_keys(lengths, size)
+    if keys is None:
+        return None
+    return Padding(keys[:, 0, 0, :, None].to(dtype), keys)
+
+
+def make_keys(lengths: Tensor, size: int) -> Tensor | None:
+    """The attention part of :func:`make_padding`: (B, 1, 1, size) bool, or None where nothing is padded."""
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths >= size).all()):
         return None
-    valid = torch.arange(size, device=lengths.device) < lengths[:, None]
-    return Padding(valid[:, :, None].to(dtype), valid[:, None, None, :])
+    return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None, None, :]
 
 
 def memory_padding(kernel_size: int, shift: int) -> tuple[int, int]:
@@ -213,12 +221,13 @@ class SANMEncoder(nn.Module):
             config.norm_eps,
         )
 
-    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, lengths: Tensor, tap: Tap | None = None) -> tuple[Tensor, Tensor]:
         """Encode a padded batch.
 
         Args:
             x: (B, T, F) features; not changed.
             lengths: (B,) int64 valid frames.
+            tap: called after some of the ``num_blocks`` layers, for intermediate predictions.
 
         Returns:
             (B, T, D) encodings and the same lengths. Padded rows hold numbers without meaning; valid rows do
@@ -226,10 +235,10 @@ class SANMEncoder(nn.Module):
         """
         padding = make_padding(lengths, x.shape[1], x.dtype)
         x = self.embed(x * self.output_size**0.5)
-        for layer in self.encoders0:
+        for number, layer in enumerate([*self.encoders0, *self.encoders], start=1):
             x = layer(x, padding)
-        for layer in self.encoders:
-            x = layer(x, padding)
+            if tap is not None and number in tap.layers:
+                x = tap.function(x, self.after_norm(x))
         x = self.after_norm(x)
         if self.config.tp_blocks > 0:
             for layer in self.tp_encoders:
@@ -366,3 +375,92 @@ class SANMDecoderLayer(nn.Module):
         if self.src_attn is not None:
             x = x + F.dropout(self.src_attn(self.norm3(x), memory, keys), self.dropout, self.training)
         return x
+
+
+@dataclass(frozen=True)
+class SANMDecoderConfig:
+    """Numbers of a SAN-M decoder; the defaults are those of Paraformer-large.
+
+    att_layer_num: blocks with cross attention; num_blocks beyond it have none (fewer than that adds none).
+    embed, output_layer: whether the decoder has a token embedding and a projection to the vocabulary.
+    """
+
+    attention_heads: int = 4
+    linear_units: int = 2048
+    num_blocks: int = 16
+    att_layer_num: int = 16
+    kernel_size: int = 11
+    shift: int = 0
+    dropout: float = 0.1
+    self_attention_dropout: float = 0.1
+    src_attention_dropout: float = 0.1
+    norm_eps: float = 1e-12
+    embed: bool = True
+    output_layer: bool = True
+
+
+class SANMDecoder(nn.Module):
+    """Parallel decoder: blocks with cross attention, blocks without, a feed-forward block, norm, output."""
+
+    def __init__(self, size: int, vocab_size: int, config: SANMDecoderConfig | None = None):
+        """``size``: width D, that of the encoder output. ``vocab_size``: V."""
+        super().__init__()
+        config = config or SANMDecoderConfig()
+        self.config = config
+        self.size = size
+        if config.embed:
+            self.embed = nn.Sequential(nn.Embedding(vocab_size, size))
+        self.decoders = nn.ModuleList(
+            self._layer(config.shift, cross=True) for _ in range(self._cross_layers())
+        )
+        plain = config.num_blocks - config.att_layer_num
+        if plain > 0:
+            self.decoders2 = nn.ModuleList(self._layer(0, cross=False) for _ in range(plain))
+        self.decoders3 = nn.ModuleList([self._layer(None, cross=False)])
+        self.after_norm = nn.LayerNorm(size, eps=config.norm_eps)
+        if config.output_layer:
+            self.output_layer = nn.Linear(size, vocab_size)
+
+    def _cross_layers(self) -> int:
+        """How many blocks ``decoders`` has."""
+        return self.config.att_layer_num
+
+    def _layer(self, shift: int | None, cross: bool) -> SANMDecoderLayer:
+        """One block: without memory where ``shift`` is None, with cross attention where ``cross``."""
+        c = self.config
+        return SANMDecoderLayer(
+            self.size,
+            NormedFeedForward(self.size, c.linear_units, c.dropout, c.norm_eps),
+            None if shift is None else TokenMemory(self.size, c.kernel_size, shift, c.self_attention_dropout),
+            CrossAttention(self.size, c.attention_heads, c.src_attention_dropout) if cross else None,
+            c.dropout,
+            c.norm_eps,
+        )
+
+    def hidden(self, tokens: Tensor, token_lengths: Tensor, memory: Tensor, lengths: Tensor) -> Tensor:
+        """States before the projection.
+
+        Args:
+            tokens: (B, U, D) one vector per token, U at least 1.
+            token_lengths: (B,) int64 valid tokens.
+            memory: (B, T, D) what the cross attention looks at.
+            lengths: (B,) int64 valid memory rows.
+
+        Returns:
+            (B, U, D).
+        """
+        padding = make_padding(token_lengths, tokens.shape[1], tokens.dtype)
+        keys = make_keys(lengths, memory.shape[1])
+        x = tokens
+        for layer in self.decoders:
+            x = layer(x, padding, memory, keys)
+        if self.config.num_blocks > self.config.att_layer_num:
+            for layer in self.decoders2:
+                x = layer(x, padding)
+        for layer in self.decoders3:
+            x = layer(x, padding)
+        return self.after_norm(x)
+
+    def forward(self, tokens: Tensor, token_lengths: Tensor, memory: Tensor, lengths: Tensor) -> Tensor:
+        """As :meth:`hidden`, projected to the vocabulary: (B, U, V) logits."""
+        return self.output_layer(self.hidden(tokens, token_lengths, memory, lengths))

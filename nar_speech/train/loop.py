@@ -244,7 +244,7 @@ class _Run:
                     parts = self.step_module(batch, self.generator, progress.step)
                 (parts["loss"] / config.accumulation).backward()
             for key, value in parts.items():
-                sums[key] = sums.get(key, 0.0) + float(value) / config.accumulation / world.size
+                sums[key] = sums.get(key, 0.0) + float(value.detach()) / config.accumulation / world.size
         seconds = time.monotonic() - began
         keys = sorted(sums)
         row = [sums[key] for key in keys] + [audio, seconds if world.main else 0.0, float(stop)]

@@ -1,0 +1,1 @@
+"""Text: tokenizers, normalisers for scoring, and what turns recognised pieces into readable text."""

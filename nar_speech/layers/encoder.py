@@ -11,10 +11,12 @@ from nar_speech import config
 from nar_speech.errors import ConfigError
 from nar_speech.layers.conformer import ConformerEncoder, ConformerEncoderConfig
 from nar_speech.layers.sanm import SANMEncoder, SANMEncoderConfig
+from nar_speech.layers.whisper import WhisperEncoder, WhisperEncoderConfig
 
 ENCODERS: dict[str, tuple[type[nn.Module], type]] = {
     "conformer": (ConformerEncoder, ConformerEncoderConfig),
     "sanm": (SANMEncoder, SANMEncoderConfig),
+    "whisper": (WhisperEncoder, WhisperEncoderConfig),
 }
 
 

@@ -1,0 +1,178 @@
+"""Whisper's audio encoder (Radford et al. 2022, arXiv 2212.04356, section 2.2) for clips of any length.
+
+Differs from the published use in two ways that leave the numbers of a 30 s window as they are: the position
+table is cut to the clip instead of the clip being padded to the table, and a padded batch gives every clip the
+result it has alone. Parameter names are those of the openai/whisper encoder.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nar_speech.errors import ConfigError, InputError
+from nar_speech.layers.sanm import make_keys, merge_heads, split_heads
+
+
+@dataclass(frozen=True)
+class WhisperEncoderConfig:
+    """Numbers of a Whisper encoder; the defaults are those of Whisper tiny.
+
+    Attributes:
+        output_size: D, even.
+        attention_heads: must divide D.
+        linear_units: inner width of the feed-forward part.
+        num_blocks: number of Transformer blocks.
+        max_positions: longest output in frames of 20 ms; 1500 (30 s) is what the official weights know.
+        dropout: in training, on the output of every attention and feed-forward part.
+        attention_dropout: in training, on the attention weights.
+        layer_drop: in training, the probability that an utterance skips a block (LayerDrop, arXiv 1909.11556).
+    """
+
+    output_size: int = 384
+    attention_heads: int = 6
+    linear_units: int = 1536
+    num_blocks: int = 4
+    max_positions: int = 1500
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    layer_drop: float = 0.0
+
+    def __post_init__(self):
+        if self.attention_heads < 1 or self.output_size % self.attention_heads:
+            raise ConfigError(
+                f"attention_heads: {self.attention_heads} does not divide the output_size {self.output_size}"
+            )
+        if self.output_size < 4 or self.output_size % 2:
+            raise ConfigError(f"output_size: must be even and at least 4, got {self.output_size}")
+        for name in ("dropout", "attention_dropout", "layer_drop"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name}: must be at least 0 and below 1, got {getattr(self, name)}")
+
+
+class WhisperAttention(nn.Module):
+    """Multi-head self-attention; the keys have no bias, for it would add the same to every score of a query."""
+
+    def __init__(self, size: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(size, size)
+        self.key = nn.Linear(size, size, bias=False)
+        self.value = nn.Linear(size, size)
+        self.out = nn.Linear(size, size)
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); ``keys`` (B, 1, 1, T) bool is true where attention may look, None: all."""
+        context = F.scaled_dot_product_attention(
+            split_heads(self.query(x), self.heads),
+            split_heads(self.key(x), self.heads),
+            split_heads(self.value(x), self.heads),
+            attn_mask=keys,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out(merge_heads(context))
+
+
+class WhisperBlock(nn.Module):
+    """Pre-norm Transformer block: attention, then Linear, GELU, Linear, each with a residual."""
+
+    def __init__(self, config: WhisperEncoderConfig):
+        super().__init__()
+        size = config.output_size
+        self.dropout = config.dropout
+        self.attn = WhisperAttention(size, config.attention_heads, config.attention_dropout)
+        self.attn_ln = nn.LayerNorm(size)
+        self.mlp = nn.Sequential(
+            nn.Linear(size, config.linear_units), nn.GELU(), nn.Linear(config.linear_units, size)
+        )
+        self.mlp_ln = nn.LayerNorm(size)
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        x = x + F.dropout(self.attn(self.attn_ln(x), keys), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.mlp_ln(x)), self.dropout, self.training)
+
+
+class WhisperEncoder(nn.Module):
+    """Two convolutions (the second halves the rate), fixed sinusoidal positions, blocks, LayerNorm."""
+
+    frame_stride = 2
+
+    def __init__(self, input_size: int = 80, config: WhisperEncoderConfig | None = None):
+        """``input_size``: mel channels F (80 in every official size up to large-v2)."""
+        super().__init__()
+        config = config or WhisperEncoderConfig()
+        self.config = config
+        self.input_size = input_size
+        self.output_size = config.output_size
+        self.conv1 = nn.Conv1d(input_size, config.output_size, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(config.output_size, config.output_size, kernel_size=3, stride=2, padding=1)
+        self.blocks = nn.ModuleList(WhisperBlock(config) for _ in range(config.num_blocks))
+        self.ln_post = nn.LayerNorm(config.output_size)
+        table = whisper_positions(config.max_positions, config.output_size)
+        self.register_buffer("positional_embedding", table, persistent=False)
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        """Output frames of ``lengths`` (B,) input frames: half, rounded up."""
+        return (lengths + 1) // 2
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode log-mel features.
+
+        Args:
+            x: (B, T, F), 10 ms a frame; what lies beyond a clip's length does not matter.
+            lengths: (B,) int64, frames of each clip.
+
+        Returns:
+            (B, T', D) with T' = ceil(T / 2), zero beyond a clip's end, and the new lengths (B,).
+
+        Raises:
+            InputError: more frames than the position table holds.
+        """
+        frames = (x.shape[1] + 1) // 2
+        if frames > self.config.max_positions:
+            raise InputError(
+                f"input of {x.shape[1]} frames is longer than the {2 * self.config.max_positions} frames "
+                f"(max_positions {self.config.max_positions} times 2) of this Whisper encoder; "
+                "cut the audio into shorter segments"
+            )
+        lengths_in, lengths = lengths, self.output_lengths(lengths)
+        x = self._subsample(x, lengths_in)
+        keys = make_keys(lengths, frames)
+        x = x + self.positional_embedding[:frames].to(x.dtype)
+        for block in self.blocks:
+            x = self._drop(x, block(x, keys))
+        x = self.ln_post(x)
+        return (x if keys is None else x * keys[:, 0, 0, :, None]), lengths
+
+    def _subsample(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, F) -> (B, ceil(T / 2), D). Padding is set to zero before each convolution, as at a clip's end."""
+        keys = make_keys(lengths, x.shape[1])
+        x = x.transpose(1, 2)
+        if keys is None:
+            return F.gelu(self.conv2(F.gelu(self.conv1(x)))).transpose(1, 2)
+        valid = keys[:, 0]
+        x = F.gelu(self.conv1(x.masked_fill(~valid, 0.0))).masked_fill(~valid, 0.0)
+        return F.gelu(self.conv2(x)).transpose(1, 2)
+
+    def _drop(self, before: Tensor, after: Tensor) -> Tensor:
+        """LayerDrop, drawn per utterance: every parameter keeps a gradient, as DDP wants."""
+        if not self.training or self.config.layer_drop == 0.0:
+            return after
+        skip = torch.rand(before.shape[0], 1, 1, device=before.device) < self.config.layer_drop
+        return torch.where(skip, before, after)
+
+
+def whisper_positions(length: int, size: int) -> Tensor:
+    """(length, size) float32 position table: all sines, then all cosines, positions from 0.
+
+    Rates run geometrically from 1 to 1/10000 over ``size / 2`` channels, as in openai/whisper.
+    """
+    step = math.log(10000.0) / (size // 2 - 1)
+    rates = torch.exp(-step * torch.arange(size // 2, dtype=torch.float64))
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()

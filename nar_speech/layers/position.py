@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from nar_speech.errors import ConfigError
+
 
 def sinusoid_table(positions: Tensor, depth: int) -> Tensor:
     """Sine and cosine codes in the order FunASR uses: all sines first, then all cosines.
@@ -38,7 +40,7 @@ class SinusoidPosition(nn.Module):
         """``depth``: feature size D of the input, even and at least 4."""
         super().__init__()
         if depth < 4 or depth % 2:
-            raise ValueError(f"position code depth must be even and at least 4, got {depth}")
+            raise ConfigError(f"input_size: must be even and at least 4, got {depth}")
         self.depth = depth
         self.register_buffer("table", torch.zeros(0, depth), persistent=False)
 

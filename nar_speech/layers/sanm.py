@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nar_speech.errors import ConfigError
 from nar_speech.layers.intermediate import Tap
 from nar_speech.layers.position import SinusoidPosition
 
@@ -90,7 +91,7 @@ class SANMAttention(nn.Module):
         """``input_size`` may differ from ``size`` (first encoder block)."""
         super().__init__()
         if size % heads:
-            raise ValueError(f"attention width {size} is not a multiple of {heads} heads")
+            raise ConfigError(f"attention_heads: width {size} is not a multiple of {heads} heads")
         self.heads = heads
         self.dropout = dropout
         self.left, self.right = memory_padding(kernel_size, shift)
@@ -254,7 +255,7 @@ class CrossAttention(nn.Module):
         """``memory_size``: width of the memory (encoder output); default ``size``."""
         super().__init__()
         if size % heads:
-            raise ValueError(f"attention width {size} is not a multiple of {heads} heads")
+            raise ConfigError(f"attention_heads: width {size} is not a multiple of {heads} heads")
         self.heads = heads
         self.dropout = dropout
         self.linear_q = nn.Linear(size, size)

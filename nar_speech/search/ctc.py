@@ -7,31 +7,27 @@ Prefix beam search is in :mod:`nar_speech.search.prefix_beam`, forced alignment 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from nar_speech.search.align import Alignment, Span, forced_align, token_spans
+from nar_speech.search.context import ContextGraph
+from nar_speech.search.hypothesis import CtcHypothesis
+from nar_speech.search.prefix_beam import prefix_beam
 
-@dataclass(frozen=True)
-class CtcHypothesis:
-    """One decoded token sequence.
-
-    Attributes:
-        tokens: ids without blanks.
-        score: natural log; greedy: of the best path; beam: of the sequence plus context and LM scores.
-        times: encoder frame of each token.
-        confidences: probability of each token at its best frame, in [0, 1].
-        context_score, lm_score: what biasing and (weighted) LM added to ``score``.
-    """
-
-    tokens: tuple[int, ...]
-    score: float
-    times: tuple[int, ...]
-    confidences: tuple[float, ...]
-    context_score: float = 0.0
-    lm_score: float = 0.0
+__all__ = [
+    "Alignment",
+    "ContextGraph",
+    "CtcHypothesis",
+    "Span",
+    "forced_align",
+    "greedy",
+    "prefix_beam",
+    "token_borders",
+    "token_spans",
+]
 
 
 def greedy(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> list[CtcHypothesis]:

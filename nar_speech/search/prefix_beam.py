@@ -1,0 +1,356 @@
+"""CTC prefix beam search (Hannun et al. 2014) with WeNet's pruning and token times, batched.
+
+One Python step per frame; inside it everything is an array over batch x beam x candidates. Prefixes are
+never copied: a prefix is a node with a pointer to the node it extends, and equal prefixes are found by a
+64-bit hash of their tokens.
+
+Per frame only the ``candidates`` most probable symbols extend a prefix, then the ``beam`` best prefixes by
+log(p(ending in blank) + p(ending in a token)) plus context and LM scores go on. Beside these sums the
+probability of the best single path of each prefix is kept, which gives the token times.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nar_speech.errors import InputError
+from nar_speech.search.context import ContextGraph
+from nar_speech.search.hypothesis import CtcHypothesis
+
+# A prefix that exists but has probability zero sorts behind all others and before "no prefix" (-inf).
+IMPOSSIBLE = -1e30
+# Rows of the float state: log probability of ending in a blank or in the last token, the same of the best
+# single path, and what context and LM added.
+BLANK, TOKEN, BEST_BLANK, BEST_TOKEN, CONTEXT, LM = range(6)
+# Rows of the integer state: time nodes of the best path ending in a blank / in the token, the node before the
+# latter, the prefix node, its last token, hashes of the prefix and of the prefix without its last token, and
+# the states of the scorers.
+TIME_BLANK, TIME_TOKEN, TIME_BEFORE, NODE, LAST, KEY, PARENT_KEY, CONTEXT_STATE, LM_STATE = range(9)
+
+
+class Scorer(Protocol):
+    """Scores tokens from left to right; its states are ints, so that arrays of them cost no Python loop.
+
+    :class:`ContextGraph` is one; an n-gram model for shallow fusion is another.
+    """
+
+    start: int
+
+    def step(self, states: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Natural-log score and next state of each (state, token) pair, arrays of one shape."""
+
+    def finish(self, states: np.ndarray) -> np.ndarray:
+        """Natural-log score of ending in each state."""
+
+
+def prefix_beam(
+    log_probs: Tensor,
+    lengths: Tensor,
+    beam: int = 10,
+    nbest: int | None = None,
+    blank: int = 0,
+    candidates: int | None = None,
+    context: ContextGraph | None = None,
+    lm: Scorer | None = None,
+    lm_weight: float = 0.3,
+    blank_skip: float | None = None,
+) -> list[list[CtcHypothesis]]:
+    """Most probable token sequences of each utterance.
+
+    Args:
+        log_probs: (B, T, V) log probabilities.
+        lengths: (B,) valid frames.
+        beam: prefixes kept per frame.
+        nbest: sequences returned; default ``beam``.
+        blank: id of the blank.
+        candidates: symbols per frame that may extend a prefix; default ``beam``.
+        context: phrases to favour.
+        lm: language model for shallow fusion; ``lm_weight`` times its score is added.
+        blank_skip: where the blank's probability is above this (0.99, say), frames in a row are taken as one
+            frame; speeds the search up, nearly without a change. None: every frame counts.
+
+    Returns:
+        For each utterance its hypotheses, best first. ``times`` are frames of the best path.
+    """
+    if beam < 1:
+        raise InputError(f"beam: got {beam}; it must be at least 1")
+    batch, _, vocabulary = log_probs.shape
+    log_probs = log_probs.detach().float()
+    lengths = lengths.to(log_probs.device).clamp(max=log_probs.shape[1])
+    frames, counts, blank_sums = _kept_frames(log_probs, lengths, blank, blank_skip)
+    values, symbols = log_probs.topk(min(candidates or beam, vocabulary), dim=-1)
+    values, symbols = values.cpu().double().numpy(), symbols.cpu().numpy()
+    rows = np.arange(batch)[:, None]
+    values, symbols = values[rows, frames], symbols[rows, frames]  # (B, T', C)
+    if blank_sums is not None:
+        values = np.where(symbols == blank, blank_sums[:, :, None], values)
+    order = np.argsort(-counts, kind="stable")
+    search = PrefixBeamSearch(batch, beam, blank, context, lm, lm_weight)
+    for t in range(int(counts.max(initial=0))):
+        active = order[: int((counts > t).sum())]
+        search.advance(values[active, t], symbols[active, t])
+    results = search.results(nbest or beam)
+    probabilities = log_probs.cpu().numpy()
+    output: list[list[CtcHypothesis]] = [[] for _ in range(batch)]
+    for row, item in enumerate(order.tolist()):
+        for tokens, steps, score, context_score, lm_score in results[row]:
+            times = frames[item, steps]
+            sure = np.exp(probabilities[item, times, tokens])
+            output[item].append(
+                CtcHypothesis(
+                    tuple(tokens.tolist()),
+                    score,
+                    tuple(times.tolist()),
+                    tuple(sure.tolist()),
+                    context_score,
+                    lm_score,
+                )
+            )
+    return output
+
+
+def _kept_frames(
+    log_probs: Tensor, lengths: Tensor, blank: int, threshold: float | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Frames the search visits: (B, T') frame numbers, (B,) how many, (B, T') blank log-prob of each run.
+
+    A run of frames that are surely blank is visited once, with the sum of its blank log probabilities, so
+    that two equal tokens around it stay apart and scores stay comparable.
+    """
+    size = log_probs.shape[1]
+    index = torch.arange(size, device=log_probs.device).expand(log_probs.shape[0], size)
+    valid = index < lengths.unsqueeze(1)
+    if threshold is None:
+        return index.cpu().numpy(), lengths.cpu().numpy(), None
+    blanks = log_probs[:, :, blank].double()
+    sure = blanks.exp() > threshold
+    keep = valid.clone()
+    keep[:, 1:] &= ~(sure[:, 1:] & sure[:, :-1])
+    run = keep.long().cumsum(1) - 1
+    sums = torch.zeros_like(blanks).scatter_add(1, run.clamp(min=0), blanks.masked_fill(~valid, 0.0))
+    packed = torch.zeros_like(index).scatter(1, torch.where(keep, run, size - 1), index) if size else index
+    counts = keep.sum(1)
+    # Unkept frames all write to the last column; where that column is in use its own frame must win.
+    full = counts == size
+    if size and bool(full.any()):
+        packed[full, -1] = size - 1
+    return packed.cpu().numpy(), counts.cpu().numpy(), sums.cpu().numpy()
+
+
+class PrefixBeamSearch:
+    """The search itself, fed frame by frame.
+
+    Rows of the batch are ordered by length, longest first: a step with n rows advances the first n.
+
+    Args:
+        batch, beam, blank, context, lm, lm_weight: see :func:`prefix_beam`.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        beam: int,
+        blank: int = 0,
+        context: ContextGraph | None = None,
+        lm: Scorer | None = None,
+        lm_weight: float = 0.3,
+    ):
+        self.batch, self.beam, self.blank = batch, beam, blank
+        self.context, self.lm, self.lm_weight = context, lm, lm_weight
+        self.floats = np.full((6, batch, beam), -np.inf)
+        self.floats[CONTEXT:] = 0.0
+        # WeNet starts both best paths at 0, though nothing can have ended in a token yet.
+        self.floats[[BLANK, BEST_BLANK, BEST_TOKEN], :, 0] = 0.0
+        self.ints = np.full((9, batch, beam), -1, dtype=np.int64)
+        self.ints[KEY] = 0
+        self.ints[CONTEXT_STATE] = 0 if context is None else context.start
+        self.ints[LM_STATE] = 0 if lm is None else lm.start
+        self.exists = np.zeros((batch, beam), dtype=bool)
+        self.exists[:, 0] = True
+        # Node t * beam + k of a row was made at step t: what it extends, its token, the time node before it.
+        self._nodes: list[np.ndarray] = []
+        self._rank = np.arange(beam)
+
+    def advance(self, values: np.ndarray, symbols: np.ndarray) -> None:
+        """One frame.
+
+        Args:
+            values: (n, C) float64 log probabilities of the symbols that may extend a prefix.
+            symbols: (n, C) int64 their ids, all different in a row.
+        """
+        n, width = values.shape
+        floats, ints, exists = self.floats[:, :n], self.ints[:, :n], self.exists[:n]
+        rows = np.arange(n)[:, None]
+        total = np.logaddexp(floats[BLANK], floats[TOKEN])
+        ended_blank = floats[BEST_BLANK] > floats[BEST_TOKEN]
+        best = np.where(ended_blank, floats[BEST_BLANK], floats[BEST_TOKEN])
+        time = np.where(ended_blank, ints[TIME_BLANK], ints[TIME_TOKEN])
+
+        # Each prefix with each symbol behind it: a repeated token needs a blank in between.
+        is_blank = symbols == self.blank
+        same = symbols[:, None, :] == ints[LAST][:, :, None]
+        value = values[:, None, :]
+        grown = np.where(same, floats[BLANK][:, :, None], total[:, :, None]) + value
+        grown_best = np.where(same, floats[BEST_BLANK][:, :, None], best[:, :, None]) + value
+        allowed = exists[:, :, None] & ~is_blank[:, None, :]
+
+        # Each prefix as it is: a blank, or its last token again.
+        stay = np.empty((4, n, self.beam))
+        blank_value = np.where(is_blank, values, -np.inf).max(1, keepdims=True)
+        repeat_value = np.where(same, value, -np.inf).max(2)
+        repeated = same.any(2)
+        stay[BLANK], stay[BEST_BLANK] = total + blank_value, best + blank_value
+        stay[TOKEN], stay[BEST_TOKEN] = floats[TOKEN] + repeat_value, floats[BEST_TOKEN] + repeat_value
+        before = ints[TIME_BEFORE]
+
+        # A prefix in the beam is also reached from its own parent, if that is in the beam too.
+        child = (ints[PARENT_KEY][:, :, None] == ints[KEY][:, None, :]) & exists[:, None, :]
+        merged = child.any(2) & repeated & exists & (ints[LAST] >= 0)
+        if merged.any():
+            r, k = merged.nonzero()
+            parent, column = child[r, k].argmax(1), same[r, k].argmax(1)
+            stay[TOKEN, r, k] = np.logaddexp(stay[TOKEN, r, k], grown[r, parent, column])
+            through = grown_best[r, parent, column]
+            # WeNet visits prefixes in beam order; whoever comes first sets the time of the token.
+            wins = through > np.where(parent < k, -np.inf, stay[BEST_TOKEN, r, k])
+            stay[BEST_TOKEN, r, k] = np.maximum(stay[BEST_TOKEN, r, k], through)
+            twice = same[r, parent, column]
+            source = np.where(twice, ints[TIME_BLANK, r, parent], time[r, parent])
+            before = before.copy()
+            before[r, k] = np.where(wins, source, before[r, k])
+            allowed[r, parent, column] = False
+
+        added, next_states = self._score(ints, symbols)
+        rank_stay = np.logaddexp(stay[BLANK], stay[TOKEN]) + floats[CONTEXT] + floats[LM]
+        rank_grown = grown + (floats[CONTEXT] + floats[LM])[:, :, None] + sum(added)
+        alive = exists & (repeated | is_blank.any(1, keepdims=True))
+        rank = np.concatenate([rank_stay, rank_grown.reshape(n, -1)], 1)
+        there = np.concatenate([alive, allowed.reshape(n, -1)], 1)
+        rank = np.where(there, np.maximum(rank, IMPOSSIBLE), -np.inf)
+        top = _best(rank, self.beam)
+
+        # Carry the chosen ones over.
+        grows = top >= self.beam
+        source, column = np.where(grows, (top - self.beam) // width, top), (top - self.beam) % width
+        node = len(self._nodes) * self.beam + self._rank
+        old = ints[:, rows, source]
+        new_floats = np.empty_like(floats)
+        new_floats[:4] = stay[:, rows, source]
+        new_floats[BLANK][grows] = new_floats[BEST_BLANK][grows] = -np.inf
+        new_floats[TOKEN] = np.where(grows, grown[rows, source, column], new_floats[TOKEN])
+        new_floats[BEST_TOKEN] = np.where(grows, grown_best[rows, source, column], new_floats[BEST_TOKEN])
+        new_floats[CONTEXT:] = floats[CONTEXT:, rows, source]
+        symbol = symbols[rows, column]
+        time = time[rows, source]
+        twice = same[rows, source, column]
+        new = np.empty_like(old)
+        new[TIME_BLANK] = time
+        new[TIME_TOKEN] = node
+        new[TIME_BEFORE] = np.where(grows, np.where(twice, old[TIME_BLANK], time), before[rows, source])
+        new[NODE] = np.where(grows, node, old[NODE])
+        new[LAST] = np.where(grows, symbol, old[LAST])
+        new[KEY] = np.where(grows, _extend_key(old[KEY], symbol), old[KEY])
+        new[PARENT_KEY] = np.where(grows, old[KEY], old[PARENT_KEY])
+        new[CONTEXT_STATE:] = old[CONTEXT_STATE:]
+        for offset, (score, state) in enumerate(zip(added, next_states, strict=True)):
+            if state is not None:
+                new_floats[CONTEXT + offset] += np.where(grows, score[rows, source, column], 0.0)
+                after = state[rows, source, column]
+                new[CONTEXT_STATE + offset] = np.where(grows, after, old[CONTEXT_STATE + offset])
+        self._nodes.append(np.stack([old[NODE], symbol, new[TIME_BEFORE]]))
+        self.floats[:, :n], self.ints[:, :n] = new_floats, new
+        self.exists[:n] = rank[rows, top] > -np.inf
+
+    def _score(
+        self, ints: np.ndarray, symbols: np.ndarray
+    ) -> tuple[list[np.ndarray | float], list[np.ndarray | None]]:
+        """Scores and next states (n, K, C) that context and LM give to each extension."""
+        scores: list[np.ndarray | float] = [0.0, 0.0]
+        states: list[np.ndarray | None] = [None, None]
+        shape = (*ints.shape[1:], symbols.shape[1])
+        tokens = np.broadcast_to(symbols[:, None, :], shape)
+        if self.context is not None:
+            now = np.broadcast_to(ints[CONTEXT_STATE][:, :, None], shape)
+            scores[0], states[0] = self.context.step(now, tokens)
+        if self.lm is not None:
+            now = np.broadcast_to(ints[LM_STATE][:, :, None], shape)
+            score, states[1] = self.lm.step(now, tokens)
+            scores[1] = self.lm_weight * score
+        return scores, states
+
+    def results(self, nbest: int) -> list[list[tuple[np.ndarray, np.ndarray, float, float, float]]]:
+        """For each row up to ``nbest`` of (tokens, steps of their times, score, context score, LM score)."""
+        floats, ints = self.floats, self.ints
+        acoustic = np.logaddexp(floats[BLANK], floats[TOKEN])
+        context, lm = floats[CONTEXT].copy(), floats[LM].copy()
+        if self.lm is not None:
+            lm += self.lm_weight * self.lm.finish(ints[LM_STATE])
+        order = np.broadcast_to(self._rank, acoustic.shape)
+        official = False
+        if self.context is not None:
+            official = self.context.official
+            finish = self.context.finish(ints[CONTEXT_STATE])
+            context = finish if official else context + finish
+        score = np.where(self.exists, acoustic + context + lm, -np.inf)
+        if not official:
+            order = np.argsort(-score, axis=1, kind="stable")
+        time = np.where(floats[BEST_BLANK] > floats[BEST_TOKEN], ints[TIME_BLANK], ints[TIME_TOKEN])
+        tokens, steps = self._trace(ints[NODE], time)
+        output = []
+        for row in range(self.batch):
+            kept = [k for k in order[row].tolist() if score[row, k] > IMPOSSIBLE][:nbest]
+            output.append(
+                [
+                    (
+                        tokens[row, k][tokens[row, k] >= 0],
+                        steps[row, k][steps[row, k] >= 0],
+                        float(score[row, k]),
+                        float(context[row, k]),
+                        float(lm[row, k]),
+                    )
+                    for k in kept
+                ]
+            )
+        return output
+
+    def _trace(self, node: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and steps (B, K, U) from the last pointers (B, K) back to the start, -1 in front."""
+        steps = len(self._nodes)
+        table = np.full((3, self.batch, steps, self.beam), -1, dtype=np.int64)
+        for step, nodes in enumerate(self._nodes):
+            table[:, : nodes.shape[1], step] = nodes
+        extends, symbol, before = table.reshape(3, self.batch, -1)
+        rows = np.arange(self.batch)[:, None]
+
+        def follow(pointer: np.ndarray, previous: np.ndarray, value) -> np.ndarray:
+            columns = []
+            while (pointer >= 0).any():
+                columns.append(np.where(pointer >= 0, value(pointer), -1))
+                pointer = np.where(pointer >= 0, previous[rows, pointer], -1)
+            columns.append(np.full(pointer.shape, -1))  # never an empty list
+            return np.stack(columns[::-1], 2)
+
+        return (
+            follow(node, extends, lambda pointer: symbol[rows, pointer]),
+            follow(time, before, lambda pointer: pointer // self.beam),
+        )
+
+
+def _best(rank: np.ndarray, count: int) -> np.ndarray:
+    """Columns (n, count) of the largest values of each row of ``rank`` (n, m), largest first."""
+    if rank.shape[1] <= 512:
+        return np.argsort(-rank, axis=1, kind="stable")[:, :count]
+    part = np.sort(np.argpartition(-rank, count - 1, axis=1)[:, :count], axis=1)
+    order = np.argsort(-np.take_along_axis(rank, part, 1), axis=1, kind="stable")
+    return np.take_along_axis(part, order, 1)
+
+
+def _extend_key(key: np.ndarray, symbol: np.ndarray) -> np.ndarray:
+    """64-bit hash of a prefix with ``symbol`` behind it; integer overflow wraps around."""
+    mixed = (symbol + 1) * np.int64(-0x61C8864680B583EB)
+    mixed = (mixed ^ (mixed >> 29)) * np.int64(-0x40A7B892E31B1A47)
+    return (key * np.int64(0x5851F42D4C957F2D) + mixed) ^ (mixed >> 32)

@@ -41,7 +41,9 @@ def build(prose: list[tuple[str, str]], held_out: set[str], templates: int, seed
     for name, sentence in prose:
         words = f" {to_words(sentence)} "
         # LJ003 holds reserved recordings; it is absent from the shared list but not from LJSpeech's own.
-        if name.startswith("LJ003") or any(f" {held} " in words for held in held_out if len(held.split()) > 3):
+        if name.startswith("LJ003") or any(
+            f" {held} " in words for held in held_out if len(held.split()) > 3
+        ):
             continue
         sentence = expand_titles(plain(sentence)).replace("[", "").replace("]", "").replace('"', "")
         parts = pieces(sentence, rng.choice([6, 12, 40, 40]))
@@ -56,7 +58,9 @@ def build(prose: list[tuple[str, str]], held_out: set[str], templates: int, seed
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prose", type=Path, help="id<TAB>sentence lines or LJSpeech metadata.csv")
-    parser.add_argument("--held-out", type=Path, nargs="*", default=[], help="JSONL manifests whose texts are left out")
+    parser.add_argument(
+        "--held-out", type=Path, nargs="*", default=[], help="JSONL manifests whose texts are left out"
+    )
     parser.add_argument("--templates", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)

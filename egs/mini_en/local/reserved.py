@@ -1,23 +1,55 @@
 """Names that are kept for evaluation and must never be trained on, and the hard check that refuses them.
 
-The list follows the reservations of the corpora that this recipe uses. `check_not_reserved` is called on every
-training manifest by every stage that writes or reads one; it looks at the record's source, speaker and file name.
+The list follows the reservations of the corpora that this recipe uses. `check_not_reserved` is called on
+every training manifest; it looks at the record's source, speaker and file name.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 
 SPEECHOCEAN_TEST = frozenset(
-    "6067 6099 6902 8063 8068 8153 8581 8584 9088 9101 9107 9118 9553 9555 9558 9601 9608 9610 9612 9617 9618 "
-    "9622 9623 9626 9629 9631 9633 9635 9640 9647".split()
+    [
+        "6067",
+        "6099",
+        "6902",
+        "8063",
+        "8068",
+        "8153",
+        "8581",
+        "8584",
+        "9088",
+        "9101",
+        "9107",
+        "9118",
+        "9553",
+        "9555",
+        "9558",
+        "9601",
+        "9608",
+        "9610",
+        "9612",
+        "9617",
+        "9618",
+        "9622",
+        "9623",
+        "9626",
+        "9629",
+        "9631",
+        "9633",
+        "9635",
+        "9640",
+        "9647",
+    ]
 )
 ASTERISK_WORDS = frozenset({"with", "you-entered", "your"})
 VCTK_SPEAKERS = frozenset({"p225", "p226", "p227", "p228"})
 # Speakers of LibriSpeech test-other that the Resemblyzer repository carries.
-LIBRISPEECH_TEST = frozenset("1688 1998 2033 2414 2609 3005 3080 3331 3528 3538".split())
+LIBRISPEECH_TEST = frozenset(["1688", "1998", "2033", "2414", "2609", "3005", "3080", "3331", "3528", "3538"])
 SINGLES = ("jfk", "harvard", "ldc93s1", "61-70968", "whatstheweatherlike", "common_voice")
 # Cut names of the evaluation sets that prepare_eval.py writes.
-EVAL_SOURCES = frozenset({"asterisk_reserved", "pocketsphinx", "fsdd_test", "librispeech_other", "vctk", "jfk"})
+EVAL_SOURCES = frozenset(
+    {"asterisk_reserved", "pocketsphinx", "fsdd_test", "librispeech_other", "vctk", "jfk"}
+)
 
 
 class ReservedDataError(ValueError):
@@ -65,6 +97,8 @@ def check_not_reserved(records: Iterable[Mapping], where: str) -> int:
     for record in records:
         why = reason_reserved(record["source"], record["name"], record.get("speaker"))
         if why:
-            raise ReservedDataError(f"{where}: {record['source']}/{record['name']}: {why}; take it out of training")
+            raise ReservedDataError(
+                f"{where}: {record['source']}/{record['name']}: {why}; take it out of training"
+            )
         count += 1
     return count

@@ -1,8 +1,8 @@
-"""Speak sentences with one synthesiser until enough hours are there; resumable and the same for the same seed.
+"""Speak sentences with one synthesiser until there are enough hours; resumable, seeded.
 
     python synthesize.py --engine piper --text text.jsonl --hours 5 --shard 0/2 --out DIR
 
-Writes DIR/<engine>/<id>.flac (16 kHz mono) and appends to DIR/<engine>.<shard>.jsonl, one line a finished clip:
+Writes DIR/<engine>/<id>.flac (16 kHz mono) and appends one line a clip to DIR/<engine>.<shard>.jsonl:
 {"path" (relative to DIR), "text", "speaker", "source", "name", "duration", "licence"}.
 Runs in the tools environment: needs numpy, soundfile, soxr, onnxruntime and the engine, not nar_speech.
 """
@@ -47,18 +47,22 @@ def finish(samples: np.ndarray, rate: int, engine: str, rng: random.Random) -> n
 
 
 def read_done(path: Path) -> dict[str, float]:
-    """id -> duration of the finished clips; a torn last line (a killed run) is dropped from the file."""
-    done, good = {}, []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            done[row["name"]] = row["duration"]
-            good.append(line if line.endswith("\n") else f"{line}\n")
-        path.write_text("".join(good), encoding="utf-8")
+    """id -> duration of the finished clips; a torn last line (a killed run) is passed over."""
+    done = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        done[row["name"]] = row["duration"]
     return done
+
+
+def mend(path: Path) -> None:
+    """Cut a torn last line off, so that the next line starts where a line should."""
+    data = path.read_bytes() if path.exists() else b""
+    if data and not data.endswith(b"\n"):
+        path.write_bytes(data[: data.rfind(b"\n") + 1])
 
 
 def run(args: argparse.Namespace) -> float:
@@ -71,8 +75,12 @@ def run(args: argparse.Namespace) -> float:
     folder = args.out / args.engine
     folder.mkdir(parents=True, exist_ok=True)
     manifest = args.out / f"{args.engine}.{index}of{count}.jsonl"
-    done = read_done(manifest)
-    seconds, target, engine = sum(done.values()), args.hours * 3600 / count, None
+    mend(manifest)
+    # Clips of all shards count, so that a run may go on with another number of processes.
+    done: dict[str, float] = {}
+    for other in args.out.glob(f"{args.engine}.*of*.jsonl"):
+        done |= read_done(other)
+    seconds, target, engine = sum(done.values()) / count, args.hours * 3600 / count, None
     start, shown, first = time.monotonic(), 0.0, seconds
     with manifest.open("a", encoding="utf-8") as out:
         for item in items:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnxruntime
@@ -31,7 +32,10 @@ KOKORO_RULES = [
     ("ɜː", "ɜɹ"),
     ("əl", "ᵊl"),
     ("ɐ", "ə"),
+    ("l̩", "ᵊl"),
+    ("n̩", "ᵊn"),
     ("ː", ""),
+    ("ɹɹ", "ɹ"),  # espeak-ng writes the r-coloured vowel and the r that follows it
 ]
 
 
@@ -130,7 +134,7 @@ class Piper:
 class Flite:
     """flite's awb, rms and slt with random tempo and pitch."""
 
-    PITCH = {"awb": 140, "rms": 100, "slt": 170}
+    PITCH: ClassVar = {"awb": 140, "rms": 100, "slt": 170}
 
     def __init__(self, cache: Path):
         self.file = Path(tempfile.mkdtemp(dir=cache)) / "flite.wav"

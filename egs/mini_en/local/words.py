@@ -1,5 +1,7 @@
-"""Transcripts of this recipe: lower-case words with apostrophes, nothing else. Standard library only, because the
-synthesis scripts run in a separate environment without nar_speech."""
+"""Transcripts of this recipe: lower-case words with apostrophes, nothing else.
+
+Standard library only, because the synthesis scripts run in a separate environment without nar_speech.
+"""
 
 import re
 import unicodedata
@@ -14,7 +16,7 @@ def plain(text: str) -> str:
 
 
 def expand_titles(text: str) -> str:
-    """"Mr. Smith" -> "Mister Smith", for the synthesiser and the transcript alike."""
+    """ "Mr. Smith" -> "Mister Smith", for the synthesiser and the transcript alike."""
 
     def spell(match: re.Match) -> str:
         word = TITLES[match[1].lower()]
@@ -30,7 +32,7 @@ def to_words(text: str) -> str:
 
 
 def pieces(text: str, longest: int = 14) -> list[str]:
-    """Cut a long sentence at commas and semicolons into parts of 3 to `longest` words where that is possible."""
+    """Cut a sentence at commas and semicolons into parts of 3 to `longest` words where that is possible."""
     parts, current = [], ""
     for piece in re.split(r"(?<=[,;:])\s+", text):
         joined = f"{current} {piece}".strip()

@@ -1,0 +1,174 @@
+"""Stage 2: lhotse manifests of training, development and noise, and the word pieces.
+
+    python make_cuts.py --work work [--repeat librispeech251=3] [--limit synthetic_flite=3]
+
+Writes work/cuts/{train,dev,noise}.jsonl.gz, work/cuts/table.jsonl (hours by source) and work/bpe.model.
+Development: all of ljspeech32, some speakers of librispeech251 and speechocean762, some coffee orders. The clips
+of these speakers are not trained on, and their sentences are taken out of the synthetic speech.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+from common import hours, notice, read_16k, read_jsonl, share, write_flac, write_jsonl
+from reserved import check_not_reserved
+
+from nar_speech.text.tokenizer import train_bpe
+
+DEV_CLIPS = 40  # of a source at most, ljspeech32 aside
+
+
+def is_dev(row: dict) -> bool:
+    """Which real clips are for development; decided by name, so every machine makes the same choice."""
+    if row["source"] == "ljspeech32":
+        return True
+    if row["source"] in ("librispeech251", "speechocean762"):
+        return share(f"dev {row['speaker']}") < 0.05
+    return row["source"] == "coffee_commands" and share(f"dev {row['name']}") < 0.05
+
+
+def split(real: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(train, dev); where a source has more than DEV_CLIPS of development the rest is left unused."""
+    train = [row for row in real if not is_dev(row)]
+    dev: list[dict] = []
+    for source in sorted({row["source"] for row in real}):
+        rows = [row for row in real if row["source"] == source and is_dev(row)]
+        dev += sorted(rows, key=lambda row: share(row["name"]))[:DEV_CLIPS]
+    return train, dev
+
+
+def limited(rows: list[dict], most: dict[str, float], seed: int) -> list[dict]:
+    """Rows with at most `most[source]` hours of each source named there, drawn at random."""
+    out, used = [], dict.fromkeys(most, 0.0)
+    for row in random.Random(seed).sample(rows, len(rows)):
+        source = row["source"]
+        if source in most:
+            used[source] += row["duration"] / 3600
+            if used[source] > most[source]:
+                continue
+        out.append(row)
+    return out
+
+
+def to_cut(row: dict, copy: int = 0):
+    """A lhotse cut of one manifest row; copies of a clip get other names, so they are augmented otherwise."""
+    from lhotse import Recording, SupervisionSegment
+    from lhotse.audio import AudioSource
+    from lhotse.cut import MonoCut
+
+    name = f"{row['source']}-{row['name']}" + (f"-copy{copy}" if copy else "")
+    path = row["file"].resolve()
+    samples = round(row["duration"] * 16000)
+    recording = Recording(name, [AudioSource("file", [0], str(path))], 16000, samples, samples / 16000)
+    text = SupervisionSegment(
+        name,
+        name,
+        0.0,
+        recording.duration,
+        text=row["text"],
+        speaker=row["speaker"],
+        custom={"source": row["source"]},
+    )
+    return MonoCut(name, 0.0, recording.duration, 0, [text], recording=recording)
+
+
+def write_cuts(path: Path, rows: list[dict], repeat: dict[str, int]) -> None:
+    from lhotse import CutSet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    CutSet.from_cuts(
+        to_cut(row, copy) for row in rows for copy in range(repeat.get(row["source"], 1))
+    ).to_file(path)
+
+
+def noise_cuts(args: argparse.Namespace) -> int:
+    """Environmental sounds (ESC-10 folds 1 to 4; fold 5 stays for evaluation) as a noise CutSet."""
+    from lhotse import CutSet
+
+    folder = args.shared_data / "esc10" if args.shared_data else None
+    if not folder or not (folder / "manifest.jsonl").exists():
+        notice("esc10 SKIPPED (no --shared-data): training goes without added noise")
+        return 0
+    rows = []
+    for row in read_jsonl(folder / "manifest.jsonl"):
+        if row["fold"] <= 4:
+            file = args.work / "noise" / f"{Path(row['path']).stem}.flac"
+            duration = write_flac(file, read_16k(folder / row["path"]))
+            rows.append(
+                {"file": file, "source": "esc10", "name": file.stem, "duration": duration}
+                | {"text": "", "speaker": None}
+            )
+    CutSet.from_cuts(to_cut(row) for row in rows).to_file(args.work / "cuts" / "noise.jsonl.gz")
+    return len(rows)
+
+
+def load(folder: Path, files: list[Path]) -> list[dict]:
+    rows = [row | {"file": folder / row["path"]} for file in files for row in read_jsonl(file)]
+    missing = [row["file"] for row in rows if not row["file"].exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} clips are gone, the first is {missing[0]}; run again from stage 0"
+        )
+    return rows
+
+
+def pairs(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    return name, float(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--shared-data", type=Path)
+    parser.add_argument(
+        "--repeat", type=pairs, nargs="*", default=[], help="source=times a clip is in one epoch"
+    )
+    parser.add_argument("--limit", type=pairs, nargs="*", default=[], help="source=most hours")
+    parser.add_argument("--vocab-size", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    real = load(
+        args.work / "real", [p for p in sorted((args.work / "real").glob("*.jsonl")) if p.stem != "table"]
+    )
+    synth = load(args.work / "synth", sorted((args.work / "synth").glob("*.*of*.jsonl")))
+    train, dev = split(real)
+    held = {row["text"] for row in dev if len(row["text"].split()) > 3}
+    # The prompts of speechocean762 and the coffee orders repeat by nature; prose must not.
+    prose = [row for row in train + synth if row["source"] == "dctts_reader" or "synthetic" in row["source"]]
+    known = {id(row) for row in prose if row["text"] in held}
+    train = limited([row for row in train + synth if id(row) not in known], dict(args.limit), args.seed)
+    count = check_not_reserved(train, "training list")
+    repeat = {name: int(times) for name, times in args.repeat}
+    write_cuts(args.work / "cuts" / "train.jsonl.gz", train, repeat)
+    write_cuts(args.work / "cuts" / "dev.jsonl.gz", dev, {})
+    noises = noise_cuts(args)
+    # All sentences, spoken yet or not: the pieces must not depend on how much speech was made.
+    texts = [row["text"] for row in split(real)[0] + read_jsonl(args.work / "synth" / "text.jsonl")]
+    bpe = train_bpe(sorted(texts), args.vocab_size, args.work / "bpe.model")
+    table = []
+    for part, rows in (("train", train), ("dev", dev)):
+        for source in sorted({row["source"] for row in rows}):
+            mine = [row for row in rows if row["source"] == source]
+            times = repeat.get(source, 1) if part == "train" else 1
+            table.append(
+                {
+                    "part": part,
+                    "source": source,
+                    "clips": len(mine),
+                    "hours": round(hours(mine), 3),
+                    "times": times,
+                }
+            )
+            print(f"{part:5s} {source:18s} {len(mine):6d} clips {hours(mine):6.2f} h x {times}")
+    write_jsonl(args.work / "cuts" / "table.jsonl", table)
+    total = sum(row["hours"] * row["times"] for row in table if row["part"] == "train")
+    print(
+        f"{count} clips checked against the reserved names; {total:.2f} h an epoch; {noises} noises; "
+        f"{bpe.vocab_size} pieces"
+    )
+
+
+if __name__ == "__main__":
+    main()

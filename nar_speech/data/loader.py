@@ -127,21 +127,29 @@ class TrainData:
 
 
 class EvalData:
-    """The evaluation batches of this process: no augmentation, sorted by length, the same in every pass."""
+    """The evaluation batches of this process: no augmentation, sorted by length, the same in every pass.
+
+    Args:
+        cuts: lhotse cuts to use instead of those of ``config.dev``.
+    """
 
     def __init__(
         self,
         config: DataConfig,
         tokenize: Tokenize,
-        manifests: Sequence[str],
         rank: int = 0,
         world_size: int = 1,
+        cuts: list | None = None,
     ):
         self.config = config
         self._reader = _Reader(tokenize, NO_AUGMENT, 0, config.sample_rate)
-        cuts = sorted(open_many(manifests, "data.dev", 0), key=lambda cut: (cut.duration, cut.id))
+        if cuts is None:
+            if not config.dev:
+                raise ManifestError("data.dev: name at least one CutSet manifest")
+            cuts = list(open_many(config.dev, "data.dev", 0))
         if not cuts:
-            raise ManifestError(f"data.dev: {', '.join(manifests)} hold no utterances")
+            raise ManifestError(f"data.dev: {', '.join(config.dev)} hold no utterances")
+        cuts = sorted(cuts, key=lambda cut: (cut.duration, cut.id))
         self._requests = [((0, 0), 0, group) for group in _pack(cuts, config)][rank::world_size]
 
     def __len__(self) -> int:
@@ -228,6 +236,11 @@ def _sampler(cuts, config: DataConfig, seed: int, group: int):
     from lhotse.dataset import DynamicBucketingSampler
 
     class Sampler(DynamicBucketingSampler):
+        def __iter__(self):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return super().__iter__()
+
         def __next__(self):
             self.allow_iter_to_reset_state()
             return self._next_batch()
@@ -235,7 +248,7 @@ def _sampler(cuts, config: DataConfig, seed: int, group: int):
     sampled = list(itertools.islice(cuts, 10000))
     if not sampled:
         raise ManifestError(f"data.train: {', '.join(config.train)} hold no utterances")
-    buckets = max(1, min(config.buckets, len(sampled) // 50))
+    buckets = max(2, min(config.buckets, len(sampled) // 50))  # 50 utterances make a bucket worth while
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on lazy sets and small corpora
         sampler = Sampler(

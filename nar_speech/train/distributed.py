@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,3 +78,11 @@ def barrier(world: World) -> None:
     """Wait for the other processes."""
     if world.size > 1:
         dist.barrier()
+
+
+def say(world: World, text: str) -> None:
+    """One line on stderr, above a progress bar if there is one, from the main process only."""
+    if world.main:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)

@@ -1,0 +1,146 @@
+"""What every recipe needs: the command line, initial weights with a report, the model folder at the end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from nar_speech import config as configs
+from nar_speech.checkpoint import read_weights
+from nar_speech.errors import CheckpointError, NarSpeechError
+from nar_speech.features import FrontendConfig
+from nar_speech.text.tokenizer import Tokenizer
+from nar_speech.train.distributed import World, init_world, leave_world
+from nar_speech.train.saver import write_atomic
+from nar_speech.types import ModelCard
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class InitSection:
+    """Weights to start from.
+
+    Attributes:
+        init_from: safetensors or torch file, or None.
+        prefix: name prefix there -> name prefix here; {"": ""} takes everything.
+        partial: whether parameters under the prefixes may stay without a tensor of that name and shape.
+    """
+
+    init_from: str | None = None
+    prefix: dict[str, str] = field(default_factory=lambda: {"": ""})
+    partial: bool = False
+
+
+def load_initial(model: nn.Module, section: InitSection) -> str:
+    """Copy initial weights into ``model``; returns one line that says what was loaded.
+
+    Raises:
+        CheckpointError: nothing fits, or (unless ``partial``) a parameter under a prefix has no tensor of its
+            name and shape.
+    """
+    if section.init_from is None:
+        return "initial weights: random"
+    tensors, own = read_weights(section.init_from), model.state_dict()
+    found, strange, misfit = {}, [], []
+    for name, value in tensors.items():
+        prefix = max((p for p in section.prefix if name.startswith(p)), key=len, default=None)
+        if prefix is None:
+            continue
+        target = section.prefix[prefix] + name[len(prefix) :]
+        if target not in own:
+            strange.append(name)
+        elif own[target].shape != value.shape:
+            misfit.append(f"{target} {tuple(value.shape)} for {tuple(own[target].shape)}")
+        else:
+            found[target] = value
+    wanted = [name for name in own if any(name.startswith(p) for p in section.prefix.values())]
+    missing = [name for name in wanted if name not in found]
+    where = section.init_from
+    if not found:
+        raise CheckpointError(f"init.init_from: no tensor of {where} fits; its names: {_few(list(tensors))}")
+    if (missing or misfit) and not section.partial:
+        raise CheckpointError(
+            f"init.init_from: {where} lacks {_few(missing)} (wrong shapes: {_few(misfit)}); "
+            "set init.partial=true to start those at random"
+        )
+    model.load_state_dict(found, strict=False)
+    values = sum(value.numel() for value in found.values())
+    return (
+        f"initial weights: {len(found)} tensors ({values / 1e6:.2f} M values) of {where}; left at "
+        f"random: {_few(missing)}; not used: {_few(strange)}; wrong shapes: {_few(misfit)}"
+    )
+
+
+def write_model_folder(
+    folder: str | Path,
+    model: nn.Module,
+    card: ModelCard,
+    frontend: FrontendConfig,
+    network: Any,
+    tokenizer: Tokenizer,
+    decoding: Mapping[str, Any],
+    cmvn_from: str | Path = ".",
+) -> Path:
+    """Write what ``load_model`` reads: model.yaml, model.safetensors (float32), tokenizer and CMVN files."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    write_atomic(folder / "model.safetensors", lambda part: save_file(tensors, part))
+    tree = {
+        "card": configs.to_dict(card),
+        "frontend": configs.to_dict(frontend),
+        "network": configs.to_dict(network),
+        "tokenizer": configs.to_dict(tokenizer.save(folder)),
+        "decoding": dict(decoding),
+    }
+    if frontend.cmvn is not None:
+        (folder / frontend.cmvn).write_bytes((Path(cmvn_from) / frontend.cmvn).read_bytes())
+    write_atomic(folder / "model.yaml", lambda part: configs.write_yaml(tree, part))
+    return folder
+
+
+def run_recipe(cls: type[C], recipe: Callable[[C, World], None], argv: Sequence[str], doc: str | None) -> int:
+    """The command line of a recipe: CONFIG.yaml ... key=value ...; returns the exit code."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="+", help="YAML files, then key=value words; later ones win")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from the newest checkpoint of train.output_dir; --no-resume refuses such a folder",
+    )
+    options = parser.parse_args(argv)
+    files = [word for word in options.config if "=" not in word]
+    words = [word for word in options.config if "=" in word]
+    world = None
+    try:
+        config = configs.load(cls, files, [*words, f"train.resume={str(options.resume).lower()}"])
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        world = init_world(config.train.device)
+        if world.main:
+            Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
+            configs.write_yaml(config, Path(config.train.output_dir) / "config.yaml")
+        recipe(config, world)
+    except NarSpeechError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    finally:
+        if world is not None:
+            leave_world(world)
+    return 0
+
+
+def _few(names: Sequence[str]) -> str:
+    return (
+        ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
+    )

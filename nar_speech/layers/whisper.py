@@ -1,7 +1,7 @@
 """Whisper's audio encoder (Radford et al. 2022, arXiv 2212.04356, section 2.2) for clips of any length.
 
-Differs from the published use in two ways that leave the numbers of a 30 s window as they are: the position
-table is cut to the clip instead of the clip being padded to the table, and a padded batch gives every clip the
+Two things differ from the published use, and neither changes a 30 s window: the position table is cut to the
+clip (the clip is not padded to the table), and a clip in a padded batch gets the
 result it has alone. Parameter names are those of the openai/whisper encoder.
 """
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar_speech.errors import ConfigError, InputError
+from nar_speech.layers.intermediate import Tap
 from nar_speech.layers.sanm import make_keys, merge_heads, split_heads
 
 
@@ -30,7 +31,7 @@ class WhisperEncoderConfig:
         max_positions: longest output in frames of 20 ms; 1500 (30 s) is what the official weights know.
         dropout: in training, on the output of every attention and feed-forward part.
         attention_dropout: in training, on the attention weights.
-        layer_drop: in training, the probability that an utterance skips a block (LayerDrop, arXiv 1909.11556).
+        layer_drop: in training, the chance that an utterance skips a block (LayerDrop, arXiv 1909.11556).
     """
 
     output_size: int = 384
@@ -55,7 +56,7 @@ class WhisperEncoderConfig:
 
 
 class WhisperAttention(nn.Module):
-    """Multi-head self-attention; the keys have no bias, for it would add the same to every score of a query."""
+    """Multi-head self-attention; a bias of the keys would change nothing, so there is none."""
 
     def __init__(self, size: int, heads: int, dropout: float = 0.0):
         super().__init__()
@@ -120,12 +121,13 @@ class WhisperEncoder(nn.Module):
         """Output frames of ``lengths`` (B,) input frames: half, rounded up."""
         return (lengths + 1) // 2
 
-    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, lengths: Tensor, tap: Tap | None = None) -> tuple[Tensor, Tensor]:
         """Encode log-mel features.
 
         Args:
             x: (B, T, F), 10 ms a frame; what lies beyond a clip's length does not matter.
             lengths: (B,) int64, frames of each clip.
+            tap: called after some blocks, for intermediate predictions.
 
         Returns:
             (B, T', D) with T' = ceil(T / 2), zero beyond a clip's end, and the new lengths (B,).
@@ -144,13 +146,15 @@ class WhisperEncoder(nn.Module):
         x = self._subsample(x, lengths_in)
         keys = make_keys(lengths, frames)
         x = x + self.positional_embedding[:frames].to(x.dtype)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, start=1):
             x = self._drop(x, block(x, keys))
+            if tap is not None and number in tap.layers:
+                x = tap.function(x, self.ln_post(x))
         x = self.ln_post(x)
         return (x if keys is None else x * keys[:, 0, 0, :, None]), lengths
 
     def _subsample(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, F) -> (B, ceil(T / 2), D). Padding is set to zero before each convolution, as at a clip's end."""
+        """(B, T, F) -> (B, ceil(T / 2), D). Padding is zero before each convolution."""
         keys = make_keys(lengths, x.shape[1])
         x = x.transpose(1, 2)
         if keys is None:

@@ -1,0 +1,1 @@
+"""Network blocks, one kind per file."""

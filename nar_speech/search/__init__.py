@@ -1,0 +1,1 @@
+"""Decoding: tensors in, token sequences out; no module here knows a network."""

@@ -1,8 +1,8 @@
 """Whisper's audio encoder (Radford et al. 2022, arXiv 2212.04356, section 2.2) for clips of any length.
 
 Two things differ from the published use, and neither changes a 30 s window: the position table is cut to the
-clip (the clip is not padded to the table), and a clip in a padded batch gets the
-result it has alone. Parameter names are those of the openai/whisper encoder.
+clip (the clip is not padded to the table), and a clip in a padded batch gets the result it has alone.
+Parameter names are those of the openai/whisper encoder.
 """
 
 from __future__ import annotations
@@ -174,9 +174,10 @@ class WhisperEncoder(nn.Module):
 def whisper_positions(length: int, size: int) -> Tensor:
     """(length, size) float32 position table: all sines, then all cosines, positions from 0.
 
-    Rates run geometrically from 1 to 1/10000 over ``size / 2`` channels, as in openai/whisper.
+    Rates run geometrically from 1 to 1/10000 over ``size / 2`` channels. Values are rounded to float16 as in
+    the official checkpoints; unrounded ones move Whisper tiny's output by up to 0.03.
     """
     step = math.log(10000.0) / (size // 2 - 1)
     rates = torch.exp(-step * torch.arange(size // 2, dtype=torch.float64))
     angles = torch.arange(length, dtype=torch.float64)[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    return torch.cat([angles.sin(), angles.cos()], dim=1).half().float()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from nar_speech.losses.cif import (
 )
 from nar_speech.losses.ctc import ctc_loss
 from nar_speech.losses.label_smoothing import label_smoothed_ce
+
+if TYPE_CHECKING:
+    from nar_speech.models.funasr import ModelParts
 
 BLANK, SOS, EOS, IGNORE = 0, 1, 2, -1
 
@@ -161,6 +165,21 @@ class Paraformer(nn.Module):
     def build(cls, config: ParaformerConfig) -> Paraformer:
         """Build the class that ``config.variant`` names."""
         return build_paraformer(config)
+
+    @classmethod
+    def from_official(cls, folder: str | Path) -> ModelParts:
+        """Read an official FunASR folder (Paraformer, BiCif, Contextual or SeACo).
+
+        Returns:
+            (network in eval mode on the CPU, frontend, tokenizer, card).
+
+        Raises:
+            ConfigError: a class or option that has no counterpart here, or a missing file.
+            CheckpointError: weights that are missing or don't fit; names are listed.
+        """
+        from nar_speech.models.paraformer_official import load_official
+
+        return load_official(folder)
 
     @property
     def frame_stride(self):

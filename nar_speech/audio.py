@@ -307,13 +307,33 @@ class _Reader(abc.ABC):
         self.close()
 
 
+class _ForwardFile(soundfile.SoundFile):
+    """A sound file whose reads do not seek.
+
+    ``SoundFile.read`` seeks to where it already is. An mp3 frame may hold its data in up to 511 bytes before
+    it, which a seek forgets: at low bit rates every block would begin with silence.
+    """
+
+    def seekable(self) -> bool:
+        """Keeps ``read`` from seeking; ``seek`` itself works."""
+        return False
+
+    def go_to(self, first: int) -> None:
+        """Go to a frame; in an mp3 file through the second before it, for the reason above."""
+        early = min(first, self.samplerate) if self.format == "MP3" else 0
+        if first:
+            self.seek(first - early)
+        if early:
+            self.read(early)
+
+
 class _SoundFileReader(_Reader):
     """libsndfile. ``file`` is a path or a seekable binary file object."""
 
     def __init__(self, file: str | IO[bytes], where: str):
         self.file, self.where = file, where
         try:
-            self.sound = soundfile.SoundFile(file)
+            self.sound = _ForwardFile(file)
         except (soundfile.SoundFileError, OSError, ValueError, TypeError, AttributeError) as error:
             hint = "convert it to wav or flac"
             raise AudioError(f"{where}: not audio that can be decoded ({_reason(error)}); {hint}") from error
@@ -330,8 +350,7 @@ class _SoundFileReader(_Reader):
         """Blocks (<= size, C) float32 from frame ``first`` on, ``wanted`` frames or all."""
         done = 0
         try:
-            if first:
-                self.sound.seek(first)
+            self.sound.go_to(first)
             while wanted is None or done < wanted:
                 count = size if wanted is None else min(size, wanted - done)
                 block = self.sound.read(count, dtype="float32", always_2d=True)
@@ -351,8 +370,8 @@ class _SoundFileReader(_Reader):
         if not isinstance(self.file, str):
             self.file.seek(0)
         try:
-            with soundfile.SoundFile(self.file) as sound:
-                sound.seek(first)
+            with _ForwardFile(self.file) as sound:
+                sound.go_to(first)
                 for _ in range(0, limit, SALVAGE_FRAMES):
                     block = sound.read(SALVAGE_FRAMES, dtype="float32", always_2d=True)
                     if not len(block):

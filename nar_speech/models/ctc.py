@@ -7,6 +7,7 @@ CTC: Graves et al. 2006. Intermediate CTC: Lee and Watanabe 2021. Self-condition
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from nar_speech.models.ctc_decoder import (
     decoder_inputs,
     reverse_tokens,
 )
+from nar_speech.models.funasr import ModelParts
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,20 @@ class CtcModel(nn.Module):
             self.decoder = build_decoder(config.vocab_size, width, conf)
         self.sos = config.sos if config.sos >= 0 else config.vocab_size - 1
         self.eos = config.eos if config.eos >= 0 else config.vocab_size - 1
+
+    @staticmethod
+    def from_official(folder: str | Path) -> ModelParts:
+        """Read a WeNet folder (``final.pt``, ``train.yaml``, ``units.txt``): a U2 or U2++ conformer.
+
+        Returns:
+            (network in eval mode, frontend, tokenizer, card).
+
+        Raises:
+            ConfigError, CheckpointError: a missing file, an unsupported option, weights that do not fit.
+        """
+        from nar_speech.models.ctc_official import load_official
+
+        return load_official(folder)
 
     def encode(self, feats: Tensor, lengths: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """Encoder output (B, T', D) and lengths (B,); arguments as in :meth:`forward`."""

@@ -56,7 +56,7 @@ def forced_align(
         InputError: a target needs more frames than its utterance has, or holds the blank.
     """
     log_probs = log_probs.detach().float()
-    batch, frames, _ = log_probs.shape
+    frames = log_probs.shape[1]
     device = log_probs.device
     lengths, targets = lengths.to(device), targets.to(device)
     target_lengths = target_lengths.to(device)
@@ -111,7 +111,7 @@ def _check(lengths: Tensor, targets: Tensor, target_lengths: Tensor, inside: Ten
         row = int(bad.long().argmax())
         raise InputError(
             f"targets: utterance {row} has {int(lengths[row])} frames, but its {int(target_lengths[row])} "
-            f"tokens with {int(repeats[row])} repeats need {int(needed[row])}; check that text and audio match"
+            f"tokens with {int(repeats[row])} repeats need {int(needed[row])}; check text and audio"
         )
 
 

@@ -149,7 +149,8 @@ def decoder_conf(section: Mapping[str, Any], where: str = "decoder_conf") -> dic
 
 def predictor_conf(kind: str, section: Mapping[str, Any], where: str = "predictor_conf") -> dict[str, Any]:
     """Numbers of an official CIF predictor as those of :class:`nar_speech.layers.cif.PredictorConfig`."""
-    require(section, {"threshold": (1.0,)}, where)
+    if kind != "CifPredictorV2":  # whose code reads the option and does not use it
+        require(section, {"threshold": (1.0,)}, where)
     defaults: dict[str, Any] = {"tail_threshold": 0.45 if kind == "CifPredictor" else 0.0}
     if kind == "CifPredictorV3":
         defaults |= PREDICTOR_V3_DEFAULTS

@@ -351,7 +351,9 @@ def loss(case: Case) -> Iterator[Check]:
     """Both passes of training with the recorded draws, every loss term, and gradients."""
     model = build(case)
     io = case.io
-    draws = torch.stack([io[f"perm_{b}"] for b in range(len(io["text"]))])
+    draws = None
+    if model.config.sampling_ratio > 0:
+        draws = torch.stack([io[f"perm_{b}"] for b in range(len(io["text"]))])
     run = training_pass(
         model,
         io["speech"],

@@ -1,0 +1,430 @@
+"""From a name to a model: embedded models, local folders (ours and official ones), hub repositories.
+
+``resolve`` gives a local folder, ``load_parts`` what is in it, ``load_model`` the task object.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nar_speech import config as configs
+from nar_speech.errors import CheckpointError, ConfigError, HubError, NarSpeechError
+from nar_speech.types import ModelCard
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nar_speech.features import Frontend
+    from nar_speech.model_folder import DecodingConfig
+    from nar_speech.pipelines.transcribe import Transcriber
+    from nar_speech.text.tokenizer import Tokenizer
+
+ASSETS = Path(__file__).parent / "assets"
+DEFAULT_MODEL = "mini_en"
+ALIASES = {  # names that FunASR's users know -> hub repository
+    "paraformer-zh": "funasr/paraformer-zh",
+    "paraformer-en": "funasr/paraformer-en",
+    "SenseVoiceSmall": "FunAudioLLM/SenseVoiceSmall",
+}
+CACHE_VARIABLE = "NAR_SPEECH_CACHE"
+
+Layout = Literal["nar_speech", "funasr", "sensevoice", "wenet"]
+LAYOUTS = (
+    "ours (model.yaml + model.safetensors), FunASR and SenseVoice (config.yaml + model.pt),"
+    " WeNet (train.yaml + final.pt)"
+)
+_HUB_ID = re.compile(r"^([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?$")
+_OFFICIAL_FUNASR = (
+    "Paraformer",
+    "BiCifParaformer",
+    "ContextualParaformer",
+    "SeacoParaformer",
+    "SenseVoiceSmall",
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Everything a task object is made of; the network is on the CPU, in float32 and evaluation mode."""
+
+    network: nn.Module
+    frontend: Frontend
+    tokenizer: Tokenizer
+    card: ModelCard
+    decoding: DecodingConfig
+    folder: Path
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of :func:`verify`."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def embedded_models() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(path.parent.name for path in ASSETS.glob("*/model.yaml"))
+
+
+def resolve(
+    name: str | Path = "default", cache_dir: str | Path | None = None, offline: bool | None = None
+) -> Path:
+    """The local folder of a model, downloaded first if need be.
+
+    Args:
+        name: ``default`` or another embedded model, a folder, an alias such as ``paraformer-zh``, or a hub
+            id ``org/name`` or ``org/name@revision``. A folder named like a model is given as ``./name``.
+        cache_dir: of downloads; default: the environment variable NAR_SPEECH_CACHE, else the hub's own.
+        offline: use only what has been downloaded before; default: the environment variable HF_HUB_OFFLINE.
+
+    Raises:
+        HubError: unknown name, no such folder, no network, no such repository; the message says which.
+    """
+    text = str(name)
+    if isinstance(name, str):
+        wanted = DEFAULT_MODEL if name == "default" else name
+        if wanted in embedded_models():
+            return ASSETS / wanted
+        if name == "default":
+            raise HubError(
+                f"model 'default': nar_speech/assets/{DEFAULT_MODEL} is not in this installation; install the"
+                " package again, or name a model with --model"
+            )
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise HubError(f"{text}: is a file; name the model folder it lies in")
+    if text.startswith((".", "/", "~")) or isinstance(name, Path):
+        raise HubError(f"{text}: no such model folder; check the path")
+    match = _HUB_ID.match(ALIASES.get(text, text))
+    if match is None:
+        raise HubError(_unknown(text))
+    return _download(text, match[1], match[2], cache_dir, offline)
+
+
+def detect(folder: str | Path) -> Layout:
+    """Which layout a model folder has.
+
+    Raises:
+        HubError: none that is known, or an incomplete one; the message says what is missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise HubError(f"{folder}: no such model folder; check the path")
+
+    def there(*names: str) -> bool:
+        return any((folder / name).is_file() for name in names)
+
+    if there("model.yaml"):
+        if not there("model.safetensors"):
+            raise HubError(f"{folder}: has model.yaml but no model.safetensors; get the weights again")
+        return "nar_speech"
+    if there("config.yaml"):
+        model = configs.read_yaml(folder / "config.yaml").get("model")
+        if model not in _OFFICIAL_FUNASR:
+            raise HubError(
+                f"{folder / 'config.yaml'}: model '{model}' is not supported; supported FunASR models:"
+                f" {', '.join(_OFFICIAL_FUNASR)}"
+            )
+        return "sensevoice" if model == "SenseVoiceSmall" else "funasr"
+    if there("train.yaml"):
+        return "wenet"
+    if there("configuration.json"):
+        raise HubError(f"{folder}: has configuration.json (FunASR) but no config.yaml; get the model again")
+    if there("model.safetensors"):
+        raise HubError(f"{folder}: has model.safetensors but no model.yaml; get the model again")
+    weights = next((p.name for p in sorted(folder.iterdir()) if p.suffix in (".pt", ".pb", ".onnx")), None)
+    found = f"only {weights} without its configuration" if weights else "neither configuration nor weights"
+    raise HubError(f"{folder}: not a model folder, {found}; accepted: {LAYOUTS}")
+
+
+def load_parts(folder: str | Path) -> LoadedModel:
+    """Read a model folder of any supported layout.
+
+    Raises:
+        HubError, ConfigError, CheckpointError: what is wrong with the folder, its configuration, its weights.
+    """
+    from nar_speech.model_folder import DecodingConfig
+
+    folder = Path(folder)
+    layout = detect(folder)
+    if layout == "nar_speech":
+        return _load_own(folder)
+    parts = _official_loader(layout)(folder)
+    return LoadedModel(*parts, decoding=DecodingConfig(), folder=folder, layout=layout)
+
+
+def load_model(
+    name: str | Path = "default",
+    device: str = "auto",
+    dtype: str = "float32",
+    cache_dir: str | Path | None = None,
+    offline: bool | None = None,
+    **options: Any,
+) -> Transcriber:
+    """Load a model by name, folder or hub id, ready to transcribe.
+
+    Args:
+        name, cache_dir, offline: see :func:`resolve`.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+        dtype: ``float32``, ``bfloat16`` or (CPU only) ``int8``.
+        options: fields of :class:`nar_speech.model_folder.DecodingConfig`, in place of the model's own.
+
+    Raises:
+        InputError: the model can't be found or loaded, or an option is wrong.
+    """
+    from nar_speech.pipelines.transcribe import Transcriber
+
+    return Transcriber.from_parts(load_parts(resolve(name, cache_dir, offline)), device, dtype, **options)
+
+
+def import_model(
+    source: str | Path, target: str | Path, cache_dir: str | Path | None = None, offline: bool | None = None
+) -> Path:
+    """Convert a model of any layout into our folder ``target``, which must be new or empty.
+
+    Raises:
+        HubError: ``target`` has files in it. Else as :func:`load_parts`.
+    """
+    from nar_speech.model_folder import write_model_folder
+
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise HubError(f"{target}: is there already and not an empty folder; name a new one")
+    folder = resolve(source, cache_dir, offline)
+    model = load_parts(folder)
+    return write_model_folder(
+        target,
+        model.network,
+        model.card,
+        model.frontend.config,
+        model.network.config,
+        model.tokenizer,
+        model.decoding,
+        cmvn_from=folder,
+    )
+
+
+def model_info(name: str | Path, cache_dir: str | Path | None = None, offline: bool | None = None) -> dict:
+    """Card, sizes and folder of a model; loads it, so that what is said is true."""
+    folder = resolve(name, cache_dir, offline)
+    model = load_parts(folder)
+    network = model.network
+    return {
+        "folder": str(folder),
+        "layout": model.layout,
+        "card": configs.to_dict(model.card),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "vocabulary": model.tokenizer.vocab_size,
+        "frontend": configs.to_dict(model.frontend.config),
+        "decoding": configs.to_dict(model.decoding),
+    }
+
+
+def verify(name: str | Path, cache_dir: str | Path | None = None, offline: bool | None = None) -> list[Check]:
+    """Check a model: layout, checksums, configuration, tensor names and shapes, finite values, a test run.
+
+    Stops at the first check that fails; it is the last of the list.
+    """
+    from nar_speech.model_folder import check_sums, read_model_file
+
+    checks: list[Check] = []
+    state: dict[str, Any] = {}
+
+    def folder_check() -> str:
+        state["folder"] = resolve(name, cache_dir, offline)
+        state["layout"] = detect(state["folder"])
+        return f"{state['folder']} ({state['layout']})"
+
+    def sums_check() -> str:
+        if state["layout"] != "nar_speech":
+            return "none recorded (official folder)"
+        sums = read_model_file(state["folder"]).sha256
+        check_sums(state["folder"], sums)
+        return f"{len(sums)} files" if sums else "none recorded"
+
+    def weights_check() -> str:  # load_strict refuses wrong names, shapes and values that are not finite
+        state["model"] = model = load_parts(state["folder"])
+        tensors = model.network.state_dict().values()
+        return f"{len(tensors)} tensors, {sum(t.numel() for t in tensors)} values, all finite"
+
+    def run_check() -> str:
+        return _run_noise(state["model"])
+
+    steps: tuple[tuple[str, Callable[[], str]], ...] = (
+        ("folder", folder_check),
+        ("sha256", sums_check),
+        ("weights", weights_check),
+        ("run", run_check),
+    )
+    for step, check in steps:
+        try:
+            checks.append(Check(step, True, check()))
+        except NarSpeechError as error:
+            checks.append(Check(step, False, str(error)))
+            break
+    return checks
+
+
+def _run_noise(model: LoadedModel) -> str:
+    """Recognise a second of noise; raises CheckpointError where the result is not finite."""
+    import numpy as np
+
+    from nar_speech.pipelines.transcribe import Transcriber
+
+    noise = np.random.default_rng(0).normal(0.0, 0.1, model.card.sample_rate).astype(np.float32)
+    result = Transcriber.from_parts(model, device="cpu")((noise, model.card.sample_rate))
+    if not np.isfinite(result.confidence):
+        raise CheckpointError(f"{model.folder}: the model's output is not finite; get the weights again")
+    return f"1 s of noise -> {len(result.words)} words"
+
+
+def _load_own(folder: Path) -> LoadedModel:
+    from nar_speech.checkpoint import SkipInit, load_strict, read_weights
+    from nar_speech.features import build_frontend
+    from nar_speech.model_folder import CONFIG_FILE, WEIGHTS_FILE, read_model_file
+    from nar_speech.text.tokenizer import load_tokenizer
+
+    file = read_model_file(folder)
+    where = folder / CONFIG_FILE
+    config_class, build = _network_class(file.card.model, where)
+    frontend = build_frontend(file.frontend, folder)
+    tokenizer = load_tokenizer(file.tokenizer, folder)
+    config = configs.from_dict(config_class, file.network, f"{where}: network")
+    for name, ours, theirs in (
+        ("input_size", config.input_size, frontend.feature_size),
+        ("vocab_size", config.vocab_size, tokenizer.vocab_size),
+    ):
+        if ours != theirs:
+            part = "frontend" if name == "input_size" else "tokenizer"
+            raise ConfigError(
+                f"{where}: network.{name} is {ours}, but the {part} gives {theirs}; make them equal"
+            )
+    if file.card.sample_rate != file.frontend.sample_rate:
+        raise ConfigError(
+            f"{where}: card.sample_rate is {file.card.sample_rate}, frontend.sample_rate"
+            f" {file.frontend.sample_rate}; make them equal"
+        )
+    with SkipInit():
+        network = build(config)
+    load_strict(network, read_weights(folder / WEIGHTS_FILE), where=folder / WEIGHTS_FILE)
+    network.eval().requires_grad_(False)
+    return LoadedModel(network, frontend, tokenizer, file.card, file.decoding, folder, "nar_speech")
+
+
+def _network_class(name: str, where: Path) -> tuple[type, Callable[[Any], nn.Module]]:
+    """Configuration class and builder of the model family a card names."""
+    from nar_speech.models.ctc import CtcConfig, CtcModel
+    from nar_speech.models.paraformer import ParaformerConfig, build_paraformer
+    from nar_speech.models.sensevoice import SenseVoice, SenseVoiceConfig
+
+    families = {
+        "paraformer": (ParaformerConfig, build_paraformer),
+        "ctc": (CtcConfig, CtcModel),
+        "sensevoice": (SenseVoiceConfig, SenseVoice),
+    }
+    if name not in families:
+        raise ConfigError(f"{where}: card.model: unknown model '{name}'; valid values: {', '.join(families)}")
+    return families[name]
+
+
+def _official_loader(layout: Layout) -> Callable[[Path], tuple]:
+    from nar_speech.models.ctc import CtcModel
+    from nar_speech.models.paraformer import Paraformer
+    from nar_speech.models.sensevoice import SenseVoice
+
+    return {
+        "funasr": Paraformer.from_official,
+        "sensevoice": SenseVoice.from_official,
+        "wenet": CtcModel.from_official,
+    }[layout]
+
+
+def _download(
+    name: str, repository: str, revision: str | None, cache_dir: str | Path | None, offline: bool | None
+) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    cache = cache_dir or os.environ.get(CACHE_VARIABLE) or None
+    if offline is None:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                cache_dir=cache,
+                local_files_only=offline,
+                # Weights, configurations, vocabularies: no code, no pictures, no sample recordings.
+                ignore_patterns=[
+                    "*.py",
+                    "*.md",
+                    "*.png",
+                    "*.jpg",
+                    "*.gif",
+                    "*.mp3",
+                    "*.wav",
+                    "*.onnx",
+                    "example/*",
+                ],
+            )
+        )
+    except RevisionNotFoundError as error:
+        raise HubError(f"{name}: {repository} has no revision '{revision}'; check it on the hub") from error
+    except GatedRepoError as error:
+        raise HubError(
+            f"{name}: {repository} asks for consent; accept its terms on huggingface.co and log in first"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise HubError(f"{name}: no repository {repository} on huggingface.co; {_unknown(name)}") from error
+    except HFValidationError as error:
+        raise HubError(_unknown(name)) from error
+    except LocalEntryNotFoundError as error:
+        if offline:
+            raise HubError(
+                f"{name}: {repository} has not been downloaded and offline mode is on; run once without"
+                f" --offline and HF_HUB_OFFLINE, or set {CACHE_VARIABLE} to the cache that has it"
+            ) from error
+        raise HubError(_no_network(name)) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise HubError(_no_network(name)) from error
+    except Exception as error:  # the hub client's HTTP library is not ours to know
+        if type(error).__module__.partition(".")[0] in ("httpx", "requests", "urllib3", "httpcore"):
+            raise HubError(_no_network(name)) from error
+        raise
+
+
+def _no_network(name: str) -> str:
+    return (
+        f"{name}: huggingface.co can't be reached and the model has not been downloaded before; check the"
+        " network, or give a local folder"
+    )
+
+
+def _unknown(name: str) -> str:
+    known = ["default", *embedded_models(), *ALIASES]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return (
+        f"{name}: no such model or folder; {hint}give a folder, a hub id org/name, or one of"
+        f" {', '.join(known)}"
+    )

@@ -66,7 +66,7 @@ def memory_block(x: Tensor, weight: Tensor, left: int, right: int) -> Tensor:
     """
     inner = x
     if left != right:
-        inner, left = F.pad(x, (0, 0, left, right)), 0
+        inner, left = F.pad(x, (0, 0, left, max(right, 0)))[:, : x.shape[1] + left + right], 0
     grid = inner.contiguous().transpose(1, 2).unsqueeze(2)
     memory = F.conv2d(grid, weight.unsqueeze(2), padding=(0, left), groups=weight.shape[0])
     return memory.squeeze(2).transpose(1, 2) + x

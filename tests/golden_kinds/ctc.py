@@ -210,6 +210,8 @@ def wenet_encoder(case: Case) -> Iterator[Check]:
         setting = re.fullmatch(r"enc_chunk(\d+)_left(-?\d+)", name)
         if setting:
             chunks = {"chunk_size": int(setting[1]), "left_chunks": int(setting[2])}
+            if not model.encoder.config.use_dynamic_chunk:  # WeNet takes the static size then
+                del chunks["chunk_size"]
             got, _ = model.encode(feats, feat_lengths, **chunks, **official)
             yield case.close(name, got[valid], io[name][valid])
     yield from _alone(case, model)
@@ -224,11 +226,13 @@ def wenet_encoder(case: Case) -> Iterator[Check]:
         yield from nbest_checks(case, "beam", nbest, [count] * len(feats))
         yield from _rescoring(case, model, out.encoder_out, out.lengths, nbest)
     if "loss" in io:
-        chunk = -1
-        if "chunk_draw" in io:
-            chunk = chunk_from_draw(int(io["chunk_draw"][0]), valid.shape[1], model.encoder.max_chunk)
+        chunks = {}
+        if "chunk_draw" in io:  # the chunk size, and the left chunks where these are drawn too
+            draws = io["chunk_draw"].tolist()
+            size = chunk_from_draw(draws[0], valid.shape[1], model.encoder.max_chunk)
+            chunks = {"chunk_size": size, "left_chunks": draws[1] if len(draws) > 1 else -1}
         got = ctc_model_loss(
-            model, feats, feat_lengths, io["target"], io["target_lens"], chunk_size=chunk, **official
+            model, feats, feat_lengths, io["target"], io["target_lens"], **chunks, **official
         )
         for name in ("loss", "loss_ctc", "loss_att"):
             if name in io:

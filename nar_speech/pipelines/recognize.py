@@ -1,0 +1,405 @@
+"""One batch of waveforms to tokens, times and confidences, for every family of recognisers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from nar_speech.errors import ConfigError, InputError, NarSpeechError
+from nar_speech.features import Frontend
+from nar_speech.model_folder import DecodingConfig
+from nar_speech.models.ctc import CtcModel
+from nar_speech.models.paraformer import BLANK, EOS, Paraformer, ParaformerOutput
+from nar_speech.models.sensevoice import LANGUAGES, PROMPT_FRAMES, SenseVoice
+from nar_speech.search.ctc import (
+    ContextGraph,
+    CtcHypothesis,
+    forced_align,
+    greedy,
+    prefix_beam,
+    token_borders,
+    token_spans,
+)
+from nar_speech.search.parallel import best_sequences
+from nar_speech.search.rescore import attention_rescore
+from nar_speech.text.timestamps import token_times
+from nar_speech.text.tokenizer import Tokenizer
+from nar_speech.types import Hypothesis
+
+MIN_SECONDS = 0.2  # shorter clips are followed by silence: subsampling encoders need some frames
+BIASED_VARIANTS = ("contextual", "seaco")
+
+
+@dataclass(frozen=True)
+class Recognized:
+    """What was recognised in one waveform; times in seconds from its beginning, () where not asked for."""
+
+    ids: tuple[int, ...]
+    confidences: tuple[float, ...]
+    starts: tuple[float, ...] = ()
+    ends: tuple[float, ...] = ()
+    nbest: tuple[Hypothesis, ...] = ()
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Hotwords as token ids, and the automaton that ``ctc_beam`` uses."""
+
+    phrases: tuple[tuple[int, ...], ...]
+    graph: ContextGraph
+
+
+def has_ctc(network: nn.Module) -> bool:
+    """Whether the network has a CTC head."""
+    return isinstance(network, CtcModel | SenseVoice) or network.config.ctc_weight > 0
+
+
+def choose(network: nn.Module, decoding: DecodingConfig) -> str:
+    """The decoder to use: the one asked for, or under ``auto`` the model's own.
+
+    ``auto`` is ``paraformer`` or ``ctc_greedy``; with hotwords it is ``ctc_beam``, except for Paraformer
+    variants that take hotwords themselves.
+
+    Raises:
+        ConfigError: the model does not have what the decoder needs.
+    """
+    name, hotwords = decoding.decoder, decoding.hotwords
+    paraformer = isinstance(network, Paraformer)
+    biased = paraformer and network.variant in BIASED_VARIANTS
+    if name == "auto":
+        if hotwords and not biased:
+            if not has_ctc(network):
+                raise ConfigError(
+                    "hotwords: this Paraformer has no CTC head and no hotword decoder; use a contextual,"
+                    " SeACo or CTC model"
+                )
+            return "ctc_beam"
+        return "paraformer" if paraformer else "ctc_greedy"
+    if name == "paraformer" and not paraformer:
+        raise ConfigError("decoder 'paraformer': this is a CTC model; use ctc_greedy or ctc_beam")
+    if name.startswith("ctc") and not has_ctc(network):
+        raise ConfigError(f"decoder '{name}': this Paraformer has no CTC head; use paraformer")
+    if name == "attention_rescoring" and not (isinstance(network, CtcModel) and network.decoder is not None):
+        raise ConfigError("decoder 'attention_rescoring': only U2 models have the attention decoder it needs")
+    if hotwords and (name == "ctc_greedy" or (name == "paraformer" and not biased)):
+        raise ConfigError(f"hotwords: decoder '{name}' of this model takes none; use ctc_beam")
+    return name
+
+
+def make_bias(hotwords: Sequence[str], tokenizer: Tokenizer, score: float) -> Bias | None:
+    """Token ids of hotwords; None without any.
+
+    Raises:
+        InputError: a hotword with characters that the vocabulary lacks.
+    """
+    phrases = []
+    for word in hotwords:
+        try:
+            ids = tuple(tokenizer.encode(word))
+        except InputError as error:
+            raise InputError(f"hotword '{word}': {error}") from error
+        if not ids or {"<unk>", "<OOV>"} & set(tokenizer.pieces(ids)):
+            raise InputError(f"hotword '{word}': the model's vocabulary can't spell it; leave it out")
+        phrases.append(ids)
+    return Bias(tuple(phrases), ContextGraph(phrases, score)) if phrases else None
+
+
+class Recognizer:
+    """A network with its frontend on one device.
+
+    Args:
+        dtype: in which the network computes; features, CIF sums and log probabilities are float32 anyway.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        frontend: Frontend,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.network = (
+            network.to(device, dtype).eval() if dtype != torch.float32 else network.to(device).eval()
+        )
+        self.frontend = frontend.to(device).eval()
+        self.tokenizer, self.device, self.dtype = tokenizer, device, dtype
+        self.sample_rate = frontend.config.sample_rate
+        self.frame_seconds = frontend.frame_shift * float(
+            network.encoder.frame_stride if hasattr(network, "encoder") else 1
+        )
+
+    def features(self, waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """(B, T, F) features and (B,) lengths of (N,) float32 waveforms, on the device."""
+        shortest = round(MIN_SECONDS * self.sample_rate)
+        lengths = torch.tensor([max(len(wave), shortest) for wave in waves])
+        padded = pad_sequence([torch.from_numpy(wave) for wave in waves], batch_first=True)
+        if padded.shape[1] < int(lengths.max()):
+            padded = torch.nn.functional.pad(padded, (0, int(lengths.max()) - padded.shape[1]))
+        feats, lengths = self.frontend(padded.to(self.device), lengths.to(self.device))
+        return feats.to(self.dtype), lengths
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        waves: Sequence[np.ndarray],
+        decoding: DecodingConfig,
+        bias: Bias | None = None,
+        times: bool = True,
+    ) -> list[Recognized]:
+        """Recognise a batch; the result of an item does not depend on the others.
+
+        Args:
+            waves: (N,) float32 each, in the model's rate.
+            times: whether token times are wanted.
+
+        Raises:
+            ConfigError: the decoder does not suit the model.
+            NarSpeechError: the network gave NaN.
+        """
+        decoder = choose(self.network, decoding)
+        feats, lengths = self.features(waves)
+        durations = [len(wave) / self.sample_rate for wave in waves]
+        if isinstance(self.network, Paraformer):
+            found = self._paraformer(feats, lengths, durations, decoder, decoding, bias, times)
+        else:
+            found = self._ctc(feats, lengths, durations, decoder, decoding, bias, times)
+        for item in found:
+            if not np.isfinite(item.confidences).all():
+                raise NarSpeechError(
+                    f"the network gave NaN ({self.dtype}); use dtype float32, and check the model with"
+                    " 'nar-speech models verify'"
+                )
+        return found
+
+    def _paraformer(
+        self,
+        feats: Tensor,
+        lengths: Tensor,
+        durations: list[float],
+        decoder: str,
+        decoding: DecodingConfig,
+        bias: Bias | None,
+        times: bool,
+    ) -> list[Recognized]:
+        if decoder.startswith("ctc"):
+            encoded, lengths = self.network.encode(feats, lengths)
+            log_probs = self.network.ctc_logits(encoded).float().log_softmax(-1)
+            return self._search(log_probs, lengths, durations, decoder, decoding, bias, times)
+        hotwords = [list(ids) for ids in bias.phrases] if bias else None
+        out = self.network(feats, lengths, hotwords)
+        rows = self._positions(out, decoding.nbest)
+        if not times:
+            return [item for item, _ in rows]
+        spans = self._paraformer_times(
+            out, [item.ids for item, _ in rows], [kept for _, kept in rows], durations
+        )
+        return [replace(item, starts=s, ends=e) for (item, _), (s, e) in zip(rows, spans, strict=True)]
+
+    def _positions(self, out: ParaformerOutput, nbest: int) -> list[tuple[Recognized, list[int]]]:
+        """Best token at every position, special ids dropped, and the positions that were kept."""
+        counts = out.token_lengths.tolist()
+        if out.log_probs.shape[1] == 0:
+            return [(Recognized((), ()), []) for _ in counts]
+        best, ids = out.log_probs.max(-1)
+        rows = []
+        for row, (count, item_ids, sure) in enumerate(
+            zip(counts, ids.tolist(), best.exp().tolist(), strict=True)
+        ):
+            kept = [u for u in range(min(count, len(item_ids))) if item_ids[u] > EOS]
+            hypotheses: tuple[Hypothesis, ...] = ()
+            if nbest > 1:
+                hypotheses = self._hypotheses(
+                    (tuple(i for i in sequence if i > EOS), score)
+                    for sequence, score in best_sequences(out.log_probs[row, :count], nbest)
+                )
+            tokens = tuple(item_ids[u] for u in kept)
+            rows.append((Recognized(tokens, tuple(sure[u] for u in kept), nbest=hypotheses), kept))
+        return rows
+
+    def _paraformer_times(
+        self,
+        out: ParaformerOutput,
+        ids: list[tuple[int, ...]],
+        kept: list[list[int]],
+        durations: list[float],
+    ) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+        """Token times from the time stamp head, the CTC head or the CIF weights, the first the model has."""
+        if out.us_alphas is not None:
+            ratio = round(out.us_alphas.shape[1] / max(out.encoder_out.shape[1], 1))
+            alphas, peaks = out.us_alphas, out.us_peaks
+        elif has_ctc(self.network):
+            return self._aligned(out, ids, durations)
+        else:
+            ratio, alphas, peaks = 1, out.alphas, out.peaks
+        alphas, peaks = alphas.float().cpu(), peaks.float().cpu()
+        frames = (out.encoder_lengths * ratio).tolist()
+        counts = out.token_lengths.tolist()
+        spans = []
+        for row, positions in enumerate(kept):
+            if not positions:
+                spans.append(((), ()))
+                continue
+            # The end-of-sentence token has a fire of its own, the last one.
+            tokens = max(counts[row] - 1, positions[-1] + 1)
+            size = frames[row]
+            starts, ends = token_times(
+                alphas[row, :size], peaks[row, :size], tokens, self.frame_seconds / ratio
+            )
+            spans.append(tidy([starts[u] for u in positions], [ends[u] for u in positions], durations[row]))
+        return spans
+
+    def _aligned(
+        self, out: ParaformerOutput, ids: list[tuple[int, ...]], durations: list[float]
+    ) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+        """Times from the best CTC path of the recognised tokens."""
+        log_probs = self.network.ctc_logits(out.encoder_out).float().log_softmax(-1)
+        return self._align(log_probs, out.encoder_lengths, ids, durations, BLANK)
+
+    def _align(
+        self,
+        log_probs: Tensor,
+        lengths: Tensor,
+        ids: list[tuple[int, ...]],
+        durations: list[float],
+        blank: int,
+    ) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+        """Token borders around a forced alignment's spikes; spread evenly where tokens outnumber frames."""
+        frames = lengths.tolist()
+        needed = [len(row) + sum(a == b for a, b in pairwise(row)) for row in ids]
+        fits = [need <= have for need, have in zip(needed, frames, strict=True)]
+        targets = [
+            torch.tensor(row if fit else (), dtype=torch.int64) for row, fit in zip(ids, fits, strict=True)
+        ]
+        padded = pad_sequence(targets, batch_first=True)
+        sizes = torch.tensor([len(t) for t in targets])
+        if padded.shape[1] == 0:
+            spans = [[] for _ in ids]
+        else:
+            spans = token_spans(forced_align(log_probs, lengths, padded, sizes, blank))
+        times = []
+        for row, fit, item, duration in zip(ids, fits, spans, durations, strict=True):
+            if fit:
+                peaks = [(span.start + span.end) / 2 for span in item]
+                borders = token_borders(peaks, duration, self.frame_seconds)
+            else:
+                step = duration / len(row)
+                borders = [(i * step, (i + 1) * step) for i in range(len(row))]
+            times.append(tidy([a for a, _ in borders], [b for _, b in borders], duration))
+        return times
+
+    def _ctc(
+        self,
+        feats: Tensor,
+        lengths: Tensor,
+        durations: list[float],
+        decoder: str,
+        decoding: DecodingConfig,
+        bias: Bias | None,
+        times: bool,
+    ) -> list[Recognized]:
+        if isinstance(self.network, SenseVoice):
+            out = self.network(feats, lengths, decoding.language, decoding.textnorm)
+            tags = self._tags(out.log_probs[:, :PROMPT_FRAMES])
+            log_probs, lengths = out.log_probs[:, PROMPT_FRAMES:], out.lengths - PROMPT_FRAMES
+            found = self._search(log_probs, lengths, durations, decoder, decoding, bias, times)
+            return [replace(item, tags=row) for item, row in zip(found, tags, strict=True)]
+        out = self.network(feats, lengths)
+        rescore = None
+        if decoder == "attention_rescoring":
+
+            def rescore(rows: Tensor, tokens: Tensor, token_lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+                return self.network.decode_tokens(
+                    out.encoder_out[rows], out.lengths[rows], tokens, token_lengths
+                )
+
+        return self._search(out.log_probs, out.lengths, durations, decoder, decoding, bias, times, rescore)
+
+    def _tags(self, log_probs: Tensor) -> list[tuple[str, ...]]:
+        """SenseVoice's answers in its prompt frames: language, emotion, event, text normalisation."""
+        rows = log_probs.argmax(-1).tolist()
+        return [tuple(piece.strip("<|>") for piece in self.tokenizer.pieces(row)) for row in rows]
+
+    def _search(
+        self,
+        log_probs: Tensor,
+        lengths: Tensor,
+        durations: list[float],
+        decoder: str,
+        decoding: DecodingConfig,
+        bias: Bias | None,
+        times: bool,
+        rescore: Any = None,
+    ) -> list[Recognized]:
+        blank = getattr(self.network.config, "blank", BLANK)
+        lists: list[list[CtcHypothesis]]
+        if decoder == "ctc_greedy" and decoding.nbest == 1:
+            best = greedy(log_probs, lengths, blank)
+            lists = [[hypothesis] for hypothesis in best]
+        else:
+            lists = prefix_beam(
+                log_probs,
+                lengths,
+                max(decoding.beam, decoding.nbest),
+                blank=blank,
+                context=bias.graph if bias else None,
+                blank_skip=decoding.blank_skip,
+            )
+            if decoder == "ctc_greedy":
+                best = greedy(log_probs, lengths, blank)
+            elif rescore is not None:
+                config = self.network.config
+                weights = (decoding.ctc_weight, decoding.reverse_weight)
+                eos = config.eos if config.eos >= 0 else config.vocab_size - 1
+                best = [h for h, _ in attention_rescore(lists, rescore, eos, *weights, device=self.device)]
+            else:
+                best = [hypotheses[0] for hypotheses in lists]
+        spans = [((), ())] * len(best)
+        if times:
+            spans = [
+                tidy(*zip(*token_borders(h.times, duration, self.frame_seconds), strict=True), duration)
+                if h.tokens
+                else ((), ())
+                for h, duration in zip(best, durations, strict=True)
+            ]
+        return [
+            Recognized(
+                h.tokens,
+                h.confidences,
+                starts,
+                ends,
+                self._hypotheses((o.tokens, o.score) for o in others[: decoding.nbest])
+                if decoding.nbest > 1
+                else (),
+            )
+            for h, others, (starts, ends) in zip(best, lists, spans, strict=True)
+        ]
+
+    def _hypotheses(self, sequences: Any) -> tuple[Hypothesis, ...]:
+        """Texts and scores; of equal texts the first stays."""
+        texts: dict[str, float] = {}
+        for ids, score in sequences:
+            texts.setdefault(self.tokenizer.decode(ids), score)
+        return tuple(Hypothesis(text, score) for text, score in texts.items())
+
+
+def tidy(
+    starts: Sequence[float], ends: Sequence[float], duration: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Times inside [0, duration], in order, no token longer than up to the next one's start."""
+    first = np.maximum.accumulate(np.clip(starts, 0.0, duration)) if len(starts) else np.zeros(0)
+    last = np.minimum(np.clip(ends, 0.0, duration), np.append(first[1:], duration)) if len(starts) else first
+    return tuple(first.tolist()), tuple(np.maximum(last, first).tolist())
+
+
+def language_of(tags: Sequence[str]) -> str | None:
+    """The language among SenseVoice's tags."""
+    return next((tag for tag in tags if tag in LANGUAGES and tag not in ("auto", "nospeech")), None)

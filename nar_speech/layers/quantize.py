@@ -1,0 +1,97 @@
+"""int8 arithmetic for the Linear layers of a network on the CPU.
+
+Weights: symmetric int8 with one scale per output channel. Activations: quantised while running, with one
+scale per row (frame or token), so that neither padding nor the other items of a batch change a result, which
+one scale per tensor (PyTorch's ``quantize_dynamic``) would do, at twice the error. Products are exact integers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nar_speech.errors import InputError
+
+SMALLEST_OUTPUT = 16  # narrower layers (CIF's weight of a frame) gain no time and decide too much
+ENGINE = "fbgemm"
+TINY = 1e-12
+
+
+def quantize_dynamic_int8(module: nn.Module) -> nn.Module:
+    """Replace the Linear layers of ``module`` by int8 ones, in place, for inference on an x86 CPU.
+
+    Layers with fewer than 16 outputs, convolutions, norms, LSTMs, embeddings and the attention products stay
+    in float32. The float weights are dropped: about a quarter of the memory is left, and the module can be
+    neither trained, saved nor loaded any more; quantise after loading.
+
+    Args:
+        module: in eval mode, float32 or bfloat16 (made float32 first) parameters on the CPU.
+
+    Returns:
+        ``module`` itself, or its replacement where it is a Linear layer.
+
+    Raises:
+        InputError: parameters on another device, a module in training mode, or a CPU without int8 support.
+    """
+    where = {p.device.type for p in module.parameters()} - {"cpu"}
+    if where:
+        raise InputError(f"dtype int8: runs on the CPU only, the model is on '{where.pop()}'; use device cpu")
+    if module.training:
+        raise InputError("dtype int8: is for inference only; call eval() on the model first")
+    if ENGINE not in torch.backends.quantized.supported_engines:
+        raise InputError("dtype int8: this PyTorch has no int8 kernels for this CPU; use float32")
+    return _replace(module.float())
+
+
+def _replace(module: nn.Module) -> nn.Module:
+    if type(module) is nn.Linear:  # a subclass may be read in ways that need its float weight
+        return Int8Linear(module) if module.out_features >= SMALLEST_OUTPUT else module
+    for name, child in module.named_children():
+        new = _replace(child)
+        if new is not child:
+            setattr(module, name, new)
+    return module
+
+
+class Int8Linear(nn.Module):
+    """An int8 copy of a Linear layer; same numbers to about 1 % of the output's size."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach().float()
+        bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach().float().clone()
+        self.register_buffer("bias", bias, persistent=False)
+        scale = (weight.abs().amax(dim=1) / 127).clamp_min(TINY)
+        integers = torch.quantize_per_channel(
+            weight, scale.double(), torch.zeros(len(weight), dtype=torch.int64), 0, torch.qint8
+        )
+        engine = torch.backends.quantized.engine
+        try:
+            torch.backends.quantized.engine = ENGINE  # decides the layout of the packed weight
+            self.packed = torch.ops.quantized.linear_prepack(integers, None)
+        finally:
+            torch.backends.quantized.engine = engine
+        # Without VNNI instructions sums of two products saturate at 16 bit unless activations have 7 bit.
+        self.levels = 127 if torch.cpu._is_vnni_supported() else 63
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) float -> (..., out_features) of the same dtype.
+
+        Raises:
+            InputError: ``x`` is not on the CPU.
+        """
+        if x.device.type != "cpu":
+            raise InputError(f"dtype int8: runs on the CPU only, got input on '{x.device}'; use device cpu")
+        shape = (*x.shape[:-1], self.out_features)
+        if x.numel() == 0:
+            return x.new_zeros(shape)
+        rows = x.reshape(-1, self.in_features).float()
+        peak = rows.abs().amax(dim=1, keepdim=True).clamp_min_(TINY)
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            rows / peak, 1.0 / self.levels, self.levels + 1, self.packed
+        )
+        return torch.addcmul(self.bias.float(), y, peak).view(shape).to(x.dtype)

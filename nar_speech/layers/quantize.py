@@ -2,7 +2,7 @@
 
 Weights: symmetric int8 with one scale per output channel. Activations: quantised while running, with one
 scale per row (frame or token), so that neither padding nor the other items of a batch change a result, which
-one scale per tensor (PyTorch's ``quantize_dynamic``) would do, at twice the error. Products are exact integers.
+one scale per tensor (PyTorch's ``quantize_dynamic``) would do, at twice the error. Products are exact.
 """
 
 from __future__ import annotations

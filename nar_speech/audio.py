@@ -36,7 +36,9 @@ AudioSource: TypeAlias = "str | Path | IO[bytes] | bytes | np.ndarray | tuple[np
 MIN_RATE, MAX_RATE = 1000, 768_000
 MAX_CHANNELS = 256
 BLOCK_VALUES = 1 << 21  # values decoded at once: 44 s of stereo at 24 kHz, 8 MiB
+WRITE_FRAMES = 1 << 16
 SALVAGE_FRAMES = 1024  # step in which a damaged file is read up to its damage
+VORBIS_TAIL_SECONDS = 30  # no page is that long: it holds at most 255 packets
 UNKNOWN_FRAMES = 1 << 62  # libsndfile's sign for "the header does not say"
 
 logger = logging.getLogger(__name__)
@@ -193,7 +195,11 @@ def write_audio(
         )
     target = str(target) if isinstance(target, str | Path) else target
     try:
-        soundfile.write(target, frames, sample_rate, format=format, subtype=subtype)
+        with soundfile.SoundFile(target, "w", sample_rate, frames.shape[1], subtype, format=format) as file:
+            for begin in range(
+                0, len(frames), WRITE_FRAMES
+            ):  # libsndfile's ogg writer crashes on a long piece
+                file.write(frames[begin : begin + WRITE_FRAMES])
     except (soundfile.SoundFileError, OSError, ValueError, TypeError) as error:
         raise AudioError(
             f"{where}: can't write: {_reason(error)}; check the folder and the format"
@@ -319,12 +325,17 @@ class _ForwardFile(soundfile.SoundFile):
         return False
 
     def go_to(self, first: int) -> None:
-        """Go to a frame; in an mp3 file through the second before it, for the reason above."""
-        early = min(first, self.samplerate) if self.format == "MP3" else 0
-        if first:
-            self.seek(first - early)
-        if early:
-            self.read(early)
+        """Go to exactly this frame, through frames before it where libsndfile's seek needs help."""
+        place = first
+        if self.format == "MP3":  # for the reason above
+            place = first - self.samplerate
+        elif self.subtype == "VORBIS":  # a seek into the last page (a few seconds) lands in a wrong place
+            place = min(first, self.frames - VORBIS_TAIL_SECONDS * self.samplerate)
+        place = max(place, 0)
+        if place:
+            self.seek(place)
+        if place < first:
+            self.read(first - place)
 
 
 class _SoundFileReader(_Reader):
@@ -518,7 +529,7 @@ def _as_array(source: Any, sample_rate: int) -> tuple[Any, int] | None:
         if len(source) != 2 or isinstance(source[1], bool) or not isinstance(source[1], int | np.integer):
             raise AudioError("audio: a pair must be (array, sample rate in whole Hz)")
         return source[0], int(source[1])
-    if isinstance(source, np.ndarray) or hasattr(source, "detach"):
+    if isinstance(source, np.ndarray) or _is_tensor(source):
         return source, sample_rate
     return None
 
@@ -526,7 +537,7 @@ def _as_array(source: Any, sample_rate: int) -> tuple[Any, int] | None:
 def _from_array(samples: Any, rate: int, where: str) -> np.ndarray:
     """Checked samples as (N, C) float32 in [-1, 1]. Integers are scaled by their type's range."""
     _check_rate(rate, f"{where}: sample rate")
-    if hasattr(samples, "detach"):  # a torch tensor
+    if _is_tensor(samples):
         samples = samples.detach().cpu().numpy()
     samples = np.asarray(samples)
     if samples.ndim not in (1, 2):
@@ -554,6 +565,11 @@ def _from_array(samples: Any, rate: int, where: str) -> np.ndarray:
             )
     samples = samples.astype(np.float32, copy=False)
     return samples[:, None] if samples.ndim == 1 else samples.T
+
+
+def _is_tensor(source: Any) -> bool:
+    """Whether it is a torch tensor, without importing torch."""
+    return hasattr(source, "detach") and hasattr(source, "cpu")
 
 
 def _check_rate(rate: int, where: str) -> None:

@@ -174,7 +174,7 @@ def convert_config(
     _class(tree, "encoder", {"SANMEncoder": "", "SANMEncoderChunkOpt": ""}, where)
     _class(tree, "decoder", {"ParaformerSANMDecoder": "", "ContextualParaformerDecoder": ""}, where)
     kind = _class(tree, "predictor", PREDICTOR_KINDS, where)
-    model = dict(tree.get("model_conf") or {})
+    model = _section(tree, "model_conf", where)
     variant = VARIANTS[tree["model"]]
     contextual_decoder = tree["decoder"] == "ContextualParaformerDecoder"
     if contextual_decoder != (variant == "contextual"):
@@ -186,17 +186,24 @@ def convert_config(
             "vocab_size": vocab_size,
             "variant": variant,
             "encoder": "sanm",
-            "encoder_conf": encoder_conf(tree.get("encoder_conf") or {}, f"{where}: encoder_conf"),
+            "encoder_conf": encoder_conf(_section(tree, "encoder_conf", where), f"{where}: encoder_conf"),
             "predictor": kind,
             "predictor_conf": predictor_conf(
-                tree["predictor"], tree.get("predictor_conf") or {}, f"{where}: predictor_conf"
+                tree["predictor"], _section(tree, "predictor_conf", where), f"{where}: predictor_conf"
             ),
-            "decoder_conf": decoder_conf(tree.get("decoder_conf") or {}, f"{where}: decoder_conf"),
+            "decoder_conf": decoder_conf(_section(tree, "decoder_conf", where), f"{where}: decoder_conf"),
             "hotword_conf": _hotword_conf(variant, tree, model, where),
             **{key: model.get(key, default) for key, default in MODEL_DEFAULTS.items()},
         },
         where,
     )
+
+
+def _section(tree: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = tree.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {key}: expected a mapping of keys to values")
+    return dict(value)
 
 
 def _class(tree: Mapping[str, Any], key: str, known: Mapping[str, str], where: str) -> str:
@@ -216,7 +223,7 @@ def _hotword_conf(
     )
     conf: dict[str, Any] = {"inner_dim": model.get("inner_dim", 256)}
     if variant == "seaco":
-        section = tree.get("seaco_decoder_conf") or model.get("seaco_decoder_conf") or {}
+        section = _section({**model, **tree}, "seaco_decoder_conf", where)
         conf |= {
             "bidirectional": model.get("bias_encoder_bid", False),
             "decoder": decoder_conf(section, f"{where}: seaco_decoder_conf"),

@@ -196,7 +196,7 @@ def _spell_numbers(text: str) -> str:
     text = re.sub(r"\b(\d{1,15})(?:st|nd|rd|th)\b", lambda m: f" {spell_ordinal(int(m[1]))} ", text)
     text = re.sub(r"(?<![\w.-])-(?=\d)", " minus ", text)
     text = re.sub(r"\b1/2\b", " one half ", text)
-    text = re.sub(r"(?<![\d.,])(\d{4})(?![\d,]|\.\d)", lambda m: f" {_spell_four(m[1])} ", text)
+    text = re.sub(r"(?<!\d)(?<!\d[.,])(\d{4})(?!\d|[.,]\d)", lambda m: f" {_spell_four(m[1])} ", text)
     return re.sub(_NUMBER, lambda m: f" {_spell_decimal(m[0].replace(',', ''))} ", text)
 
 

@@ -115,6 +115,10 @@ class CtcModel(nn.Module):
         self.config = config
         self.encoder = build_encoder(config.encoder, config.input_size, config.encoder_conf)
         width = self.encoder.output_size
+        blocks = self.encoder.config.num_blocks
+        outside = [layer for layer in config.interctc_layers if not 1 <= layer <= blocks]
+        if outside:
+            raise ConfigError(f"interctc_layers: layer {outside[0]} is not one of 1 to {blocks}")
         self.ctc = CtcHead(width, config.vocab_size, config.dropout_rate)
         if config.self_conditioning:
             self.conditioning_layer = nn.Linear(config.vocab_size, width)

@@ -76,6 +76,12 @@ def embedded_models() -> list[str]:
     return sorted(path.parent.name for path in ASSETS.glob("*/model.yaml"))
 
 
+def read_card(name: str) -> ModelCard:
+    """The card of an embedded model; reads nothing else."""
+    path = ASSETS / name / "model.yaml"
+    return configs.from_dict(ModelCard, configs.read_yaml(path).get("card") or {}, f"{path}: card")
+
+
 def resolve(
     name: str | Path = "default", cache_dir: str | Path | None = None, offline: bool | None = None
 ) -> Path:

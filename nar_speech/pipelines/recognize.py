@@ -20,7 +20,6 @@ from nar_speech.models.paraformer import BLANK, EOS, Paraformer, ParaformerOutpu
 from nar_speech.models.sensevoice import LANGUAGES, PROMPT_FRAMES, SenseVoice
 from nar_speech.search.ctc import (
     ContextGraph,
-    CtcHypothesis,
     forced_align,
     greedy,
     prefix_beam,
@@ -50,6 +49,22 @@ class Recognized:
 
 
 @dataclass(frozen=True)
+class Analysis:
+    """What a plot shows of one waveform.
+
+    features: (T, F), ``feature_seconds`` apart. weights: (T',) CIF weights; posteriors: (T', V)
+    of the CTC head; either is None where the network lacks it; frames are ``frame_seconds`` apart.
+    """
+
+    features: np.ndarray
+    feature_seconds: float
+    frame_seconds: float
+    weights: np.ndarray | None
+    posteriors: np.ndarray | None
+    blank: int
+
+
+@dataclass(frozen=True)
 class Bias:
     """Hotwords as token ids, and the automaton that ``ctc_beam`` uses."""
 
@@ -65,8 +80,8 @@ def has_ctc(network: nn.Module) -> bool:
 def choose(network: nn.Module, decoding: DecodingConfig) -> str:
     """The decoder to use: the one asked for, or under ``auto`` the model's own.
 
-    ``auto`` is ``paraformer`` or ``ctc_greedy``; with hotwords it is ``ctc_beam``, except for Paraformer
-    variants that take hotwords themselves.
+    ``auto`` is ``paraformer`` or ``ctc_greedy``. With hotwords it is ``ctc_beam``, except for Paraformer
+    variants that take hotwords themselves; and so it is for an n-best list of a CTC model.
 
     Raises:
         ConfigError: the model does not have what the decoder needs.
@@ -82,7 +97,9 @@ def choose(network: nn.Module, decoding: DecodingConfig) -> str:
                     " SeACo or CTC model"
                 )
             return "ctc_beam"
-        return "paraformer" if paraformer else "ctc_greedy"
+        if paraformer:
+            return "paraformer"
+        return "ctc_greedy" if decoding.nbest == 1 else "ctc_beam"
     if name == "paraformer" and not paraformer:
         raise ConfigError("decoder 'paraformer': this is a CTC model; use ctc_greedy or ctc_beam")
     if name.startswith("ctc") and not has_ctc(network):
@@ -91,6 +108,8 @@ def choose(network: nn.Module, decoding: DecodingConfig) -> str:
         raise ConfigError("decoder 'attention_rescoring': only U2 models have the attention decoder it needs")
     if hotwords and (name == "ctc_greedy" or (name == "paraformer" and not biased)):
         raise ConfigError(f"hotwords: decoder '{name}' of this model takes none; use ctc_beam")
+    if name == "ctc_greedy" and decoding.nbest > 1:
+        raise ConfigError("nbest: decoder 'ctc_greedy' has one hypothesis; use ctc_beam")
     return name
 
 
@@ -179,6 +198,30 @@ class Recognizer:
                     " 'nar-speech models verify'"
                 )
         return found
+
+    @torch.inference_mode()
+    def analyse(self, wave: np.ndarray, decoding: DecodingConfig) -> Analysis:
+        """The inner workings of the recognition of one (N,) waveform."""
+        feats, lengths = self.features([wave])
+        weights = posteriors = None
+        if isinstance(self.network, Paraformer):
+            encoded, lengths = self.network.encode(feats, lengths)
+            weights = self.network.predict(encoded, lengths).alphas[0]
+            if has_ctc(self.network):
+                posteriors = self.network.ctc_logits(encoded)[0].float().softmax(-1)
+        elif isinstance(self.network, SenseVoice):
+            out = self.network(feats, lengths, decoding.language, decoding.textnorm)
+            posteriors = out.log_probs[0, PROMPT_FRAMES:].exp()
+        else:
+            posteriors = self.network(feats, lengths).log_probs[0].exp()
+        return Analysis(
+            feats[0].float().cpu().numpy(),
+            self.frontend.frame_shift,
+            self.frame_seconds,
+            None if weights is None else weights.float().cpu().numpy(),
+            None if posteriors is None else posteriors.cpu().numpy(),
+            getattr(self.network.config, "blank", BLANK),
+        )
 
     def _paraformer(
         self,
@@ -340,10 +383,8 @@ class Recognizer:
         rescore: Any = None,
     ) -> list[Recognized]:
         blank = getattr(self.network.config, "blank", BLANK)
-        lists: list[list[CtcHypothesis]]
-        if decoder == "ctc_greedy" and decoding.nbest == 1:
-            best = greedy(log_probs, lengths, blank)
-            lists = [[hypothesis] for hypothesis in best]
+        if decoder == "ctc_greedy":
+            lists = [[hypothesis] for hypothesis in greedy(log_probs, lengths, blank)]
         else:
             lists = prefix_beam(
                 log_probs,
@@ -353,35 +394,24 @@ class Recognizer:
                 context=bias.graph if bias else None,
                 blank_skip=decoding.blank_skip,
             )
-            if decoder == "ctc_greedy":
-                best = greedy(log_probs, lengths, blank)
-            elif rescore is not None:
-                config = self.network.config
-                weights = (decoding.ctc_weight, decoding.reverse_weight)
-                eos = config.eos if config.eos >= 0 else config.vocab_size - 1
-                best = [h for h, _ in attention_rescore(lists, rescore, eos, *weights, device=self.device)]
-            else:
-                best = [hypotheses[0] for hypotheses in lists]
-        spans = [((), ())] * len(best)
-        if times:
-            spans = [
-                tidy(*zip(*token_borders(h.times, duration, self.frame_seconds), strict=True), duration)
-                if h.tokens
-                else ((), ())
-                for h, duration in zip(best, durations, strict=True)
-            ]
-        return [
-            Recognized(
-                h.tokens,
-                h.confidences,
-                starts,
-                ends,
-                self._hypotheses((o.tokens, o.score) for o in others[: decoding.nbest])
-                if decoding.nbest > 1
-                else (),
-            )
-            for h, others, (starts, ends) in zip(best, lists, spans, strict=True)
-        ]
+        best = [hypotheses[0] for hypotheses in lists]
+        if rescore is not None:
+            config = self.network.config
+            eos = config.eos if config.eos >= 0 else config.vocab_size - 1
+            weights = (decoding.ctc_weight, decoding.reverse_weight)
+            best = [h for h, _ in attention_rescore(lists, rescore, eos, *weights, device=self.device)]
+        found = []
+        for item, others, duration in zip(best, lists, durations, strict=True):
+            spans = ((), ())
+            if times and item.tokens:
+                borders = token_borders(item.times, duration, self.frame_seconds)
+                spans = tidy([a for a, _ in borders], [b for _, b in borders], duration)
+            nbest: tuple[Hypothesis, ...] = ()
+            if decoding.nbest > 1:
+                others = [item, *(o for o in others if o.tokens != item.tokens)][: decoding.nbest]
+                nbest = self._hypotheses((o.tokens, o.score) for o in others)
+            found.append(Recognized(item.tokens, item.confidences, *spans, nbest))
+        return found
 
     def _hypotheses(self, sequences: Any) -> tuple[Hypothesis, ...]:
         """Texts and scores; of equal texts the first stays."""

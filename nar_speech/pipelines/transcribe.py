@@ -23,16 +23,19 @@ from nar_speech.errors import AudioError, ConfigError, InputError, NarSpeechErro
 from nar_speech.features import Frontend
 from nar_speech.hub import LoadedModel, load_parts
 from nar_speech.model_folder import DecodingConfig
+from nar_speech.models.sensevoice import LANGUAGES, SenseVoice
 from nar_speech.pipelines.recognize import Bias, Recognized, Recognizer, choose, language_of, make_bias
 from nar_speech.pipelines.segment import Piece, Segmenter
-from nar_speech.text.postprocess import is_cjk
+from nar_speech.pipelines.writers import join_texts
 from nar_speech.text.tokenizer import Tokenizer
 from nar_speech.types import ModelCard, Segment, Token, Transcript
 
-AUDIO_SUFFIXES = frozenset(
-    ".wav .flac .ogg .oga .opus .mp3 .aiff .aif .au .caf .w64 .rf64 .sph .m4a .mp4 .aac .webm .mkv .mov .3gp"
-    " .amr .wma .avi .flv".split()
-)
+# fmt: off
+AUDIO_SUFFIXES = frozenset((
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64", ".rf64", ".sph",
+    ".m4a", ".mp4", ".aac", ".webm", ".mkv", ".mov", ".3gp", ".amr", ".wma", ".avi", ".flv",
+))
+# fmt: on
 BATCH_SECONDS = {"cpu": 60.0, "cuda": 600.0}
 MAX_BATCH = 256
 POOL_BATCHES = 4  # pieces are sorted by length within this many batches
@@ -58,7 +61,7 @@ class _Job:
 
     source: str
     path: str | None
-    duration: float = 0.0
+    samples: int = 0
     starts: list[float] = field(default_factory=list)
     lengths: list[float] = field(default_factory=list)
     found: list[Recognized | None] = field(default_factory=list)
@@ -87,7 +90,7 @@ class Transcriber:
         dtype: ``float32``, ``bfloat16`` or (CPU only) ``int8``.
 
     Raises:
-        ConfigError: a device that is not there, an unknown dtype, int8 on a GPU, a decoder that the model lacks.
+        ConfigError: a device that is not there, an unknown dtype, int8 on a GPU, a decoder the model lacks.
     """
 
     def __init__(
@@ -162,7 +165,7 @@ class Transcriber:
             NarSpeechError: of the first input that fails; :meth:`results` goes on with the others.
         """
         folder = isinstance(inputs, str | Path) and str(inputs) != "-" and Path(inputs).is_dir()
-        many = folder or isinstance(inputs, list) or isinstance(inputs, Iterator)
+        many = folder or isinstance(inputs, list | Iterator)
         sources: Iterable[AudioSource] = [inputs]
         if folder:
             sources = list_audio(inputs)
@@ -195,8 +198,7 @@ class Transcriber:
         Raises:
             InputError: wrong options.
         """
-        decoding = change_decoding(self.decoding, options)
-        choose(self.recognizer.network, decoding)
+        decoding = self.decoding_for(options)
         bias = self._bias(decoding)
         limit = BATCH_SECONDS.get(self.device.type, 60.0) if batch_seconds is None else batch_seconds
         if not limit > 0:
@@ -205,6 +207,17 @@ class Transcriber:
         return self._run(
             sources, segmenter, _Batches(self.recognizer, decoding, bias, times, limit), progress
         )
+
+    def decoding_for(self, options: dict[str, Any]) -> DecodingConfig:
+        """The model's decoding with ``options`` in place, checked against what the model can do.
+
+        Raises:
+            ConfigError: an unknown option, a wrong value, or one that this model does not have.
+        """
+        decoding = change_decoding(self.decoding, options)
+        choose(self.recognizer.network, decoding)
+        self._check_language(decoding.language)
+        return decoding
 
     def _run(
         self,
@@ -231,7 +244,7 @@ class Transcriber:
 
     def _blocks(self, source: AudioSource, job: _Job, progress: Progress | None) -> Iterator[np.ndarray]:
         for block in read_blocks(source, self.sample_rate, BLOCK_SECONDS):
-            job.duration += len(block) / self.sample_rate
+            job.samples += len(block)
             if progress is not None:
                 progress(len(block) / self.sample_rate)
             yield block
@@ -248,9 +261,8 @@ class Transcriber:
         if language is None and len(self.card.languages) == 1:
             language = self.card.languages[0]
         text = join_texts(segment.text for segment in segments)
-        return Result(
-            job.source, Transcript(text, segments, round(job.duration, 6), language, job.path, tags)
-        )
+        duration = job.samples / self.sample_rate
+        return Result(job.source, Transcript(text, segments, duration, language, job.path, tags))
 
     def _segment(self, found: Recognized, start: float, length: float) -> Segment:
         tokenizer = self.recognizer.tokenizer
@@ -265,6 +277,14 @@ class Transcriber:
             )
         text = tokenizer.decode(found.ids)
         return Segment(text, start, start + length, confidence, words, tokens, found.nbest)
+
+    def _check_language(self, language: str) -> None:
+        if isinstance(self.recognizer.network, SenseVoice):
+            known: Iterable[str] = LANGUAGES
+        else:
+            known = ("auto", *self.card.languages) if self.card.languages else (language,)
+        if language not in known:
+            raise ConfigError(f"language: '{language}' is not one of this model's: {', '.join(known)}")
 
     def _bias(self, decoding: DecodingConfig) -> Bias | None:
         key = (decoding.hotwords, decoding.hotword_score)
@@ -429,14 +449,3 @@ def name_of(source: AudioSource | IO[bytes]) -> str:
         return "standard input" if str(source) == "-" else str(source)
     name = getattr(source, "name", None)
     return name if isinstance(name, str) and name else f"audio ({type(source).__name__})"
-
-
-def join_texts(texts: Iterable[str]) -> str:
-    """One text; a space between two parts unless both sides are written without spaces."""
-    joined = ""
-    for text in texts:
-        if joined and text:
-            joined += text if is_cjk(joined[-1]) and is_cjk(text[0]) else f" {text}"
-        else:
-            joined += text
-    return joined

@@ -1,0 +1,419 @@
+"""The command line: results on stdout, messages and progress on stderr.
+
+Exit codes: 0 all went well, 1 some inputs failed (each named on stderr), 2 bad usage, or nothing worked.
+Nothing here imports PyTorch before a command runs, so ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nar_speech.errors import ConfigError, InputError, NarSpeechError
+from nar_speech.version import __version__
+
+if TYPE_CHECKING:
+    from nar_speech.pipelines.transcribe import Transcriber
+
+OK, SOME_FAILED, FAILED = 0, 1, 2
+INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells report SIGINT and SIGPIPE
+FORMATS = ("txt", "json", "jsonl", "srt", "vtt", "tsv")
+JOINABLE = ("txt", "jsonl")  # formats in which one stream can hold several recordings
+DECODERS = ("auto", "paraformer", "ctc_greedy", "ctc_beam", "attention_rescoring")
+PROGRESS_DELAY = 3.0  # seconds before a progress bar appears
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``nar-speech``; returns the exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING,
+        format="nar-speech: %(levelname)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    if hasattr(sys.stdout, "reconfigure"):  # file names may hold bytes that are not UTF-8
+        sys.stdout.reconfigure(errors="surrogateescape")
+    try:
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except NarSpeechError as error:
+        complain(str(error))
+        return FAILED
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone; keep Python from failing once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return BROKEN_PIPE
+
+
+def complain(message: str) -> None:
+    """One line on stderr."""
+    print(f"nar-speech: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all commands."""
+    parser = argparse.ArgumentParser(
+        prog="nar-speech", description="Non-autoregressive speech recognition: audio in, text out."
+    )
+    parser.add_argument("--version", action="version", version=f"nar-speech {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (describe, run) in COMMANDS.items():
+        lines = (run.__doc__ or "").strip().split("\n")
+        command = commands.add_parser(
+            name,
+            help=lines[0],
+            description="\n".join(line.strip() for line in lines),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        describe(command)
+        command.add_argument("-v", "--verbose", action="store_true", help="more messages on stderr")
+        command.set_defaults(run=run)
+    return parser
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value > 0 or value == float("inf"):
+            raise ValueError
+        return value
+
+    parse.__name__ = "whole number above 0" if kind is int else "number above 0"
+    return parse
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", default="default", help="name, folder or hub id org/name[@revision] (default: %(default)s)"
+    )
+    group.add_argument("--offline", action="store_true", default=None, help="use downloaded models only")
+    group.add_argument("--cache-dir", help="where downloaded models lie (default: $NAR_SPEECH_CACHE)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "int8"), help="int8: CPU only"
+    )
+    group.add_argument("--threads", type=_positive(int), metavar="N", help="CPU threads of PyTorch")
+
+
+def _decoding_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding (default: as the model's own model.yaml says)")
+    group.add_argument("--decoder", choices=DECODERS)
+    group.add_argument("--beam", type=_positive(int), metavar="N", help="beam size of ctc_beam")
+    group.add_argument("--hotwords", metavar="FILE|WORDS", help="a file with one a line, or a,b,c")
+    group.add_argument("--hotword-score", type=float, metavar="X", help="bonus per token in ctc_beam")
+    group.add_argument("--language", help="language of the speech, where the model can be told")
+    group.add_argument("--textnorm", choices=("withitn", "woitn"), help="SenseVoice: written or spoken form")
+    group.add_argument(
+        "--batch-seconds", type=_positive(float), metavar="S", help="padded audio per batch (60; GPU 600)"
+    )
+
+
+def _load(options: argparse.Namespace, **decoding: Any) -> Transcriber:
+    """The task object that the options name, its decoding changed by those that were given."""
+    import torch
+
+    from nar_speech.hub import load_model
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    for name in ("decoder", "beam", "hotword_score", "language", "textnorm"):
+        value = getattr(options, name)
+        if value is not None:
+            decoding[name] = value
+    if options.hotwords is not None:
+        decoding["hotwords"] = _hotwords(options.hotwords)
+    return load_model(
+        options.model, options.device, options.dtype, options.cache_dir, options.offline, **decoding
+    )
+
+
+def _hotwords(text: str) -> tuple[str, ...]:
+    """Lines of the file ``text``, or its parts between commas."""
+    path = Path(text)
+    parts = text.split(",")
+    if path.suffix == ".txt" or path.is_file():
+        try:
+            parts = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--hotwords {text}: can't read this file as UTF-8 text; check it") from error
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _describe_transcribe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio file, folder, or - for stdin")
+    output = parser.add_argument_group("output")
+    output.add_argument("--format", default="txt", choices=FORMATS, help="(default: %(default)s)")
+    output.add_argument(
+        "-o", "--output", metavar="PATH", help="a file; or a folder (exists or ends with /): a file per input"
+    )
+    output.add_argument(
+        "--resume", action="store_true", help="skip inputs whose file is in the output folder"
+    )
+    output.add_argument("--recursive", action="store_true", help="look into the subfolders of folders")
+    output.add_argument(
+        "--word-times", action="store_true", help="txt: a line per word: start, end, confidence"
+    )
+    output.add_argument("--nbest", type=_positive(int), default=1, metavar="N", help="json: N hypotheses")
+    output.add_argument("--plot", metavar="PNG", help="draw the recognition of the (one) input")
+    _decoding_options(parser)
+    _model_options(parser)
+
+
+def transcribe(options: argparse.Namespace) -> int:
+    """Recognise speech in files.
+
+    One file gives its text on one line; several files, or a folder, give a line 'PATH<TAB>TEXT' each.
+    """
+    from nar_speech.pipelines.transcribe import BATCH_SECONDS
+
+    sources, several, failed = _expand(options.inputs, options.recursive)
+    folder = options.output is not None and (options.output.endswith(os.sep) or Path(options.output).is_dir())
+    _check_output(options, len(sources), several, folder)
+    targets = _targets(sources, Path(options.output), options.format) if folder else {}
+    if folder and options.resume:
+        sources = [source for source in sources if not targets[source].exists()]
+    done = len(targets) - len(sources) if folder else 0
+    if sources:
+        transcriber = _load(options, nbest=options.nbest)
+        with _progress(sources) as progress:
+            results = transcriber.results(
+                sources,
+                options.batch_seconds or BATCH_SECONDS.get(transcriber.device.type),
+                times=options.word_times or options.format in ("json", "jsonl", "srt", "vtt"),
+                progress=progress,
+            )
+            with _sink(options.output, folder) as write:
+                for source, result in zip(sources, results, strict=True):
+                    if result.transcript is None:
+                        complain(str(result.error))
+                        failed += 1
+                        continue
+                    write(targets.get(source), _rendered(result.transcript, options, several and not folder))
+                    done += 1
+        if options.plot and done:
+            from nar_speech.pipelines.plot import plot_recognition
+
+            plot_recognition(transcriber, sources[0], options.plot)
+    if not failed:
+        return OK
+    return SOME_FAILED if done else FAILED
+
+
+def _expand(inputs: Sequence[str], recursive: bool) -> tuple[list[str], bool, int]:
+    """Files of all inputs, whether they are several, and how many inputs were no use."""
+    from nar_speech.pipelines.transcribe import list_audio
+
+    sources: list[str] = []
+    failed, folders = 0, False
+    for item in inputs:
+        if item != "-" and Path(item).is_dir():
+            folders = True
+            try:
+                sources += map(str, list_audio(item, recursive))
+            except InputError as error:
+                complain(str(error))
+                failed += 1
+        else:
+            sources.append(item)
+    sources = list(dict.fromkeys(sources))
+    return sources, folders or len(inputs) > 1, failed
+
+
+def _check_output(options: argparse.Namespace, count: int, several: bool, folder: bool) -> None:
+    """Combinations of options that make no sense.
+
+    Raises:
+        ConfigError: which, and what to do.
+    """
+    if several and not folder and options.format not in JOINABLE:
+        raise ConfigError(
+            f"--format {options.format} holds one recording; add -o FOLDER/ for a file per input"
+        )
+    if options.resume and not folder:
+        raise ConfigError("--resume: works with an output folder; add -o FOLDER/")
+    if options.word_times and options.format == "tsv":
+        raise ConfigError("--word-times: tsv lists segments; use --format txt or json")
+    if options.nbest > 1 and options.format not in ("json", "jsonl"):
+        raise ConfigError("--nbest: hypotheses are listed in json only; add --format json")
+    if options.plot and (count != 1 or options.inputs[0] == "-"):
+        raise ConfigError("--plot: draws one file; give a single input that is a file")
+
+
+def _targets(sources: Sequence[str], folder: Path, suffix: str) -> dict[str, Path]:
+    """The output file of every input: its name with another suffix, or one more where two would clash."""
+    names = {source: "stdin" if source == "-" else Path(source).stem for source in sources}
+    taken = list(names.values())
+    for source, name in names.items():
+        if taken.count(name) > 1:
+            names[source] = Path(source).name
+    clash = next((s for s, name in names.items() if list(names.values()).count(name) > 1), None)
+    if clash is not None:
+        raise ConfigError(f"{clash}: another input has the same file name; write them to different folders")
+    return {source: folder / f"{name}.{suffix}" for source, name in names.items()}
+
+
+def _rendered(transcript: Any, options: argparse.Namespace, named: bool) -> str:
+    """The transcript in the format asked for; ``named``: with its path in front of every line of text."""
+    from nar_speech.pipelines.writers import WRITERS, write_words
+
+    if options.format != "txt":
+        return WRITERS[options.format](transcript)
+    text = write_words(transcript) if options.word_times else WRITERS["txt"](transcript)
+    if named:
+        return "".join(f"{transcript.source}\t{line}\n" for line in text.splitlines())
+    return text
+
+
+@contextmanager
+def _sink(output: str | None, folder: bool):
+    """A function that writes a text to its own file (folder), to the one file ``output``, or to stdout."""
+    try:
+        if folder:
+            Path(output).mkdir(parents=True, exist_ok=True)
+            yield _write_whole
+        elif output is not None:
+            with open(output, "w", encoding="utf-8", errors="surrogateescape") as file:
+                yield lambda _, text: (file.write(text), file.flush())
+        else:
+            yield lambda _, text: (sys.stdout.write(text), sys.stdout.flush())
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise InputError(
+            f"{error.filename or output}: can't write ({error.strerror}); check the path"
+        ) from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write under a temporary name first, so that an interrupted run leaves no half file."""
+    draft = path.with_name(f".{path.name}.part")
+    draft.write_text(text, encoding="utf-8", errors="surrogateescape")
+    draft.replace(path)
+
+
+@contextmanager
+def _progress(sources: Sequence[Any]):
+    """A function to call with seconds of audio read; draws a bar on a terminal after some seconds."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    from nar_speech.audio import info
+
+    total = 0.0
+    for source in sources:
+        try:
+            total += (info(source).duration or 0.0) if str(source) != "-" else 0.0
+        except NarSpeechError:
+            continue  # it is reported when its turn comes
+    with tqdm(total=total or None, unit="s", delay=PROGRESS_DELAY, leave=False, unit_scale=True) as bar:
+        yield bar.update
+
+
+def _describe_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", help='JSON lines {"path": ..., "text": ...}, paths relative to the file')
+    parser.add_argument("--json", action="store_true", help="all numbers as JSON on stdout")
+    parser.add_argument("--report", metavar="FILE", help="write every utterance with its errors marked")
+    parser.add_argument(
+        "--normalize", default="auto", choices=("auto", "en", "zh", "none"), help="(default: %(default)s)"
+    )
+    _decoding_options(parser)
+    _model_options(parser)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Word and character error rate on a manifest, with 95 % confidence intervals.
+
+    Lines and files that can't be used are named on stderr, counted, and left out (exit code 1).
+    """
+    from nar_speech.pipelines.evaluate import evaluate as run
+    from nar_speech.pipelines.evaluate import read_manifest, report_lines
+
+    paths = [utterance.path for utterance in read_manifest(options.manifest)[0]]
+    transcriber = _load(options)
+    with _progress(paths) as progress:
+        found = run(transcriber, options.manifest, options.normalize, options.batch_seconds, progress)
+    for problem in found.problems:
+        complain(problem)
+    if options.report:
+        with _sink(options.report, folder=False) as write:
+            for line in report_lines(found):
+                write(None, f"{line}\n")
+    if options.json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False, indent=2))
+    else:
+        print(found.words)
+        print(found.characters)
+        factor = found.seconds / found.audio_seconds
+        print(
+            f"{found.audio_seconds:.1f} s of audio in {found.seconds:.1f} s (real time factor {factor:.4f}),"
+            f" {len(found.problems)} excluded"
+        )
+    return SOME_FAILED if found.problems else OK
+
+
+def _describe_models(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("list", help="models that ship with the package, and known names of the hub")
+    shown = actions.add_parser("info", help="what a model is")
+    taken = actions.add_parser("import", help="convert a FunASR, SenseVoice or WeNet folder into ours")
+    taken.add_argument("source", help="name, folder or hub id")
+    taken.add_argument("target", help="new folder")
+    checked = actions.add_parser("verify", help="check files, names, shapes and values, and run it once")
+    for parser_ in (shown, checked):
+        parser_.add_argument("source", metavar="NAME", help="name, folder or hub id")
+    for parser_ in (shown, taken, checked):
+        parser_.add_argument("--offline", action="store_true", default=None)
+        parser_.add_argument("--cache-dir")
+
+
+def models(options: argparse.Namespace) -> int:
+    """List, describe, convert and check models."""
+    from nar_speech import hub
+
+    if options.action == "list":
+        for name in hub.embedded_models():
+            card = hub.read_card(name)
+            mark = "*" if name == hub.DEFAULT_MODEL else " "
+            print(f"{mark} {name}\t{','.join(card.languages)}\t{card.description}")
+        for name, repository in hub.ALIASES.items():
+            print(f"  {name}\t\thub: {repository}")
+        return OK
+    place = (options.cache_dir, options.offline)
+    if options.action == "info":
+        print(json.dumps(hub.model_info(options.source, *place), ensure_ascii=False, indent=2))
+        return OK
+    if options.action == "import":
+        print(hub.import_model(options.source, options.target, *place))
+        return OK
+    checks = hub.verify(options.source, *place)
+    for check in checks:
+        print(f"{'PASS' if check.passed else 'FAIL'} {check.name}: {check.detail}")
+    return OK if all(check.passed for check in checks) else FAILED
+
+
+Command = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+COMMANDS: dict[str, Command] = {
+    "transcribe": (_describe_transcribe, transcribe),
+    "evaluate": (_describe_evaluate, evaluate),
+    "models": (_describe_models, models),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

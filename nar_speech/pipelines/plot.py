@@ -1,0 +1,112 @@
+"""A picture of a recognition: spectrogram, CIF weights or CTC posteriors, and where the tokens are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nar_speech.audio import AudioSource, read_audio
+from nar_speech.errors import InputError
+from nar_speech.pipelines.recognize import Analysis
+from nar_speech.types import Token
+
+if TYPE_CHECKING:
+    from nar_speech.pipelines.transcribe import Transcriber
+
+PLOT_SECONDS = 20.0
+INCHES_PER_SECOND = 1.5
+POSTERIOR_CURVES = 12
+
+
+def plot_recognition(transcriber: Transcriber, source: AudioSource, path: str | Path, **options: Any) -> None:
+    """Draw the first 20 seconds of a recording into an image file.
+
+    Args:
+        path: its suffix names the format, .png for example.
+        options: as in a call of ``transcriber``.
+
+    Raises:
+        InputError: the picture can't be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    audio = read_audio(source, transcriber.sample_rate, duration=PLOT_SECONDS)
+    transcript = transcriber(audio, **options)
+    decoding = transcriber.decoding_for(options)
+    analysis = transcriber.recognizer.analyse(audio.samples, decoding)
+    tokens = [token for segment in transcript.segments for token in segment.tokens]
+    figure = Figure(figsize=(min(max(audio.duration * INCHES_PER_SECOND, 8), 32), 6), layout="constrained")
+    FigureCanvasAgg(figure)  # no window and no global state, unlike pyplot
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    _draw_features(upper, analysis, audio.duration)
+    _draw_output(lower, analysis, tokens, transcriber.recognizer.tokenizer.pieces)
+    for axis, top in ((upper, True), (lower, False)):
+        _draw_tokens(axis, tokens, names=top)
+    upper.set_title(_plain(transcript.text[:160]), fontsize=9, pad=18)
+    lower.set_xlabel("seconds")
+    lower.set_xlim(0, audio.duration)
+    try:
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path}: can't write the picture: {reason}; use a .png file in a folder that exists"
+        ) from error
+
+
+def _draw_features(axis: Any, analysis: Analysis, duration: float) -> None:
+    """Features over time; of stacked frames the middle one."""
+    axis.imshow(
+        analysis.features.T,
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        cmap="magma",
+        extent=(0, len(analysis.features) * analysis.feature_seconds, 0, analysis.features.shape[1]),
+    )
+    axis.set_ylabel("feature")
+
+
+def _draw_output(axis: Any, analysis: Analysis, tokens: Sequence[Token], pieces: Any) -> None:
+    """CIF weights as bars; posteriors of the recognised tokens as curves."""
+    step = analysis.frame_seconds
+    if analysis.weights is not None:
+        times = (np.arange(len(analysis.weights)) + 0.5) * step
+        axis.bar(times, analysis.weights, width=step, color="tab:blue", alpha=0.6, label="CIF weight")
+        axis.set_ylabel("CIF weight")
+    if analysis.posteriors is not None:
+        times = (np.arange(len(analysis.posteriors)) + 0.5) * step
+        shown = list(dict.fromkeys(token.id for token in tokens))
+        strongest = sorted(shown, key=lambda i: -analysis.posteriors[:, i].max())[:POSTERIOR_CURVES]
+        axis.plot(times, analysis.posteriors[:, analysis.blank], color="0.7", lw=0.8, label="blank")
+        for index in strongest:
+            label = _plain(pieces([index])[0])
+            axis.plot(times, analysis.posteriors[:, index], lw=1, label=label)
+        axis.set_ylabel("weight, posterior" if analysis.weights is not None else "CTC posterior")
+    axis.set_ylim(0, 1.05)
+    axis.legend(fontsize=7, ncols=7, loc="upper right")
+
+
+def _draw_tokens(axis: Any, tokens: Sequence[Token], names: bool) -> None:
+    """A line where each token begins, and its text above."""
+    for token in tokens:
+        axis.axvline(token.start, color="tab:green", lw=0.6, alpha=0.8)
+        if names:
+            middle = (token.start + token.end) / 2
+            axis.annotate(
+                _plain(token.text),
+                (middle, 1.01),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="bottom",
+                fontsize=7,
+            )
+
+
+def _plain(text: str) -> str:
+    """Dollar signs would start a formula."""
+    return text.replace("$", r"\$").replace("\u2581", "_")

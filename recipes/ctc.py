@@ -18,10 +18,11 @@ import torch
 from nar_speech import config as configs
 from nar_speech.data import AugmentConfig, DataConfig, EvalData, SpecAugmentConfig, TrainData, spec_augment
 from nar_speech.features import FrontendConfig
+from nar_speech.model_folder import DecodingConfig, write_model_folder
 from nar_speech.models.ctc import CtcConfig, CtcModel, ctc_model_loss
 from nar_speech.search import ctc as ctc_search
 from nar_speech.train import TrainConfig, World, say, train
-from nar_speech.train.recipe import InitSection, load_initial, run_recipe, write_model_folder
+from nar_speech.train.recipe import InitSection, load_initial, run_recipe
 from nar_speech.train.recognition import TokenizerSection, Validator, make_frontend, make_tokenizer
 from nar_speech.types import ModelCard
 
@@ -39,7 +40,7 @@ class Recipe:
     init: InitSection = field(default_factory=InitSection)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     specaug: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
-    decoding: dict[str, Any] = field(default_factory=dict)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
     unit: Literal["wer", "cer"] = "wer"
 
 

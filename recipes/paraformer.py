@@ -18,6 +18,7 @@ import torch
 from nar_speech import config as configs
 from nar_speech.data import AugmentConfig, DataConfig, EvalData, SpecAugmentConfig, TrainData, spec_augment
 from nar_speech.features import FrontendConfig
+from nar_speech.model_folder import DecodingConfig, write_model_folder
 from nar_speech.models.paraformer import (
     BLANK,
     EOS,
@@ -29,7 +30,7 @@ from nar_speech.models.paraformer import (
 )
 from nar_speech.search import ctc as ctc_search
 from nar_speech.train import TrainConfig, World, say, train
-from nar_speech.train.recipe import InitSection, load_initial, run_recipe, write_model_folder
+from nar_speech.train.recipe import InitSection, load_initial, run_recipe
 from nar_speech.train.recognition import TokenizerSection, Validator, make_frontend, make_tokenizer
 from nar_speech.types import ModelCard
 
@@ -47,7 +48,7 @@ class Recipe:
     init: InitSection = field(default_factory=InitSection)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     specaug: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
-    decoding: dict[str, Any] = field(default_factory=dict)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
     unit: Literal["wer", "cer"] = "wer"
 
 

@@ -1,26 +1,21 @@
-"""What every recipe needs: the command line, initial weights with a report, the model folder at the end."""
+"""What every recipe needs: the command line, and initial weights with a report."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from nar_speech import config as configs
 from nar_speech.checkpoint import read_weights
 from nar_speech.errors import CheckpointError, NarSpeechError
-from nar_speech.features import FrontendConfig
-from nar_speech.text.tokenizer import Tokenizer
 from nar_speech.train.distributed import World, init_world, leave_world
-from nar_speech.train.saver import write_atomic
-from nar_speech.types import ModelCard
 
 C = TypeVar("C")
 
@@ -78,34 +73,6 @@ def load_initial(model: nn.Module, section: InitSection) -> str:
         f"initial weights: {len(found)} tensors ({values / 1e6:.2f} M values) of {where}; left at "
         f"random: {_few(missing)}; not used: {_few(strange)}; wrong shapes: {_few(misfit)}"
     )
-
-
-def write_model_folder(
-    folder: str | Path,
-    model: nn.Module,
-    card: ModelCard,
-    frontend: FrontendConfig,
-    network: Any,
-    tokenizer: Tokenizer,
-    decoding: Mapping[str, Any],
-    cmvn_from: str | Path = ".",
-) -> Path:
-    """Write what ``load_model`` reads: model.yaml, model.safetensors (float32), tokenizer and CMVN files."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    write_atomic(folder / "model.safetensors", lambda part: save_file(tensors, part))
-    tree = {
-        "card": configs.to_dict(card),
-        "frontend": configs.to_dict(frontend),
-        "network": configs.to_dict(network),
-        "tokenizer": configs.to_dict(tokenizer.save(folder)),
-        "decoding": dict(decoding),
-    }
-    if frontend.cmvn is not None:
-        (folder / frontend.cmvn).write_bytes((Path(cmvn_from) / frontend.cmvn).read_bytes())
-    write_atomic(folder / "model.yaml", lambda part: configs.write_yaml(tree, part))
-    return folder
 
 
 def run_recipe(cls: type[C], recipe: Callable[[C, World], None], argv: Sequence[str], doc: str | None) -> int:

@@ -16,6 +16,7 @@ from nar_speech.data.batch import Batch
 from nar_speech.data.loader import DataConfig, EvalData, open_many, text_of
 from nar_speech.errors import ConfigError
 from nar_speech.features import Frontend, FrontendConfig, build_frontend
+from nar_speech.metrics import ErrorCounts, char_errors, word_errors
 from nar_speech.text.tokenizer import (
     BpeTokenizer,
     CharTokenizer,
@@ -159,7 +160,7 @@ class Validator:
         metrics = {key: sum(r[3][key] for r in records) / len(records) for key in records[0][3]}
         for key in records[0][2]:
             name = f"{key}_{self.unit}" if key else self.unit
-            metrics[name] = error_rate([r[1] for r in records], [r[2][key] for r in records], self.unit)
+            metrics[name] = _rate([r[1] for r in records], [r[2][key] for r in records], self.unit)
         return metrics
 
 
@@ -174,11 +175,6 @@ def _texts(section: TokenizerSection, data: DataConfig) -> Iterable[str]:
     return [change(text_of(cut)) for cut in open_many(data.train, "data.train", 0)]
 
 
-def error_rate(references: Sequence[str], hypotheses: Sequence[str], unit: str) -> float:
-    from rapidfuzz.distance import Levenshtein
-
-    def cut(text):
-        return text.split() if unit == "wer" else list("".join(text.split()))
-
-    pairs = [(cut(r), cut(h)) for r, h in zip(references, hypotheses, strict=True)]
-    return sum(Levenshtein.distance(r, h) for r, h in pairs) / max(1, sum(len(r) for r, _ in pairs))
+def _rate(references: Sequence[str], hypotheses: Sequence[str], unit: str) -> float:
+    errors = word_errors if unit == "wer" else char_errors
+    return sum(errors(references, hypotheses), ErrorCounts()).rate

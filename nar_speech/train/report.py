@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from nar_speech.train.saver import write_atomic
 
 LOG = "train.jsonl"
+LINE_SECONDS = 30.0
 
 
 class Reporter:
@@ -38,9 +40,11 @@ class Reporter:
             unit=unit,
             file=sys.stderr,
             bar_format=shape,
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
+        self._total, self._unit, self._start = total, unit, min(done, total)
+        self._began = self._last_line = time.monotonic()
 
     def step(self, step: int, done: float, scalars: Mapping[str, float], to_board: bool) -> None:
         """Record one optimizer step; ``done`` is the part of the budget used, in the bar's unit."""
@@ -51,7 +55,10 @@ class Reporter:
             self._scalars("train", step, scalars)
             shown = {k: f"{scalars[k]:.4g}" for k in ("loss", "lr", "audio_per_second") if k in scalars}
             self._bar.set_postfix({"step": step, **shown}, refresh=False)
-        self._bar.update(max(0.0, min(done, self._bar.total) - self._bar.n))
+        if self._bar.disable:
+            self._line(step, done, scalars)
+        else:
+            self._bar.update(max(0.0, min(done, self._bar.total) - self._bar.n))
 
     def validation(self, step: int, metrics: Mapping[str, float], name: str = "dev") -> None:
         """Record and print the metrics of a validation."""
@@ -65,6 +72,7 @@ class Reporter:
         """One line on stderr above the bar."""
         if self.enabled:
             self._bar.write(text, file=sys.stderr)
+            sys.stderr.flush()
 
     def flush(self) -> None:
         """Bring everything recorded so far to disk."""
@@ -80,6 +88,21 @@ class Reporter:
         self._board.close()
         self._bar.close()
         draw_curves(self.folder / LOG, self.folder / "loss.png")
+
+    def _line(self, step: int, done: float, scalars: Mapping[str, float]) -> None:
+        """Progress as a plain line every half minute, where stderr is a file."""
+        now = time.monotonic()
+        if now - self._last_line < LINE_SECONDS or done <= self._start:
+            return
+        self._last_line = now
+        left = (self._total - done) * (now - self._began) / (done - self._start)
+        numbers = ", ".join(
+            f"{k} {scalars[k]:.4g}" for k in ("loss", "lr", "audio_per_second") if k in scalars
+        )
+        minutes, hours = int(left / 60) % 60, int(left / 3600)
+        self.say(
+            f"step {step}, {done:.4g}/{self._total:.4g} {self._unit}, {numbers}, {hours}:{minutes:02d} h left"
+        )
 
     def _write(self, record: Mapping[str, Any]) -> None:
         self._log.write(json.dumps(record) + "\n")

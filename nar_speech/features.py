@@ -18,10 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nar_speech.errors import ConfigError
+from nar_speech.errors import ConfigError, InputError
 
 PREEMPHASIS = 0.97
 INT16_SCALE = 32768.0  # Kaldi works on 16-bit integers
+CPU_BLOCK_FRAMES = 2048  # frames whose spectra are made at once on a CPU: they stay in its cache
 LOG_FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor before the logarithm
 
 
@@ -284,9 +285,13 @@ class Frontend(nn.Module):
 
     def _check(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         if waves.ndim != 2 or lengths.shape != waves.shape[:1]:
-            raise ConfigError(
+            raise InputError(
                 f"frontend: expected waves (B, N) and lengths (B,), got {tuple(waves.shape)} and"
                 f" {tuple(lengths.shape)}"
+            )
+        if len(lengths) and int(lengths.max()) > waves.shape[1]:
+            raise InputError(
+                f"frontend: a length of {int(lengths.max())} samples, but the waves hold {waves.shape[1]}"
             )
         return waves.float(), lengths.to(waves.device)
 
@@ -310,8 +315,15 @@ class Frontend(nn.Module):
         counts = (torch.div(lengths - self.frame, self.shift, rounding_mode="floor") + 1).clamp(min=0)
         if waves.shape[1] < self.frame:
             return waves.new_zeros(len(waves), 0, self.config.num_mels), counts
-        frames = kaldi_spectrum_frames(waves, self.window, self.shift)
-        return _log_energies(frames, self.fft_size, self.mel), counts
+        total = (waves.shape[1] - self.frame) // self.shift + 1
+        rows = max(CPU_BLOCK_FRAMES // max(len(waves), 1), 1) if waves.device.type == "cpu" else total
+        blocks = []
+        for first in range(0, total, rows):
+            last = min(first + rows, total) - 1
+            part = waves[:, first * self.shift : last * self.shift + self.frame]
+            frames = kaldi_spectrum_frames(part, self.window, self.shift)
+            blocks.append(_log_energies(frames, self.fft_size, self.mel))
+        return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)), counts
 
     def _short_clips(
         self, waves: Tensor, lengths: Tensor, short: Tensor, frames: Tensor, counts: Tensor

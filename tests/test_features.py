@@ -11,7 +11,7 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nar_speech.errors import ConfigError
+from nar_speech.errors import ConfigError, InputError
 from nar_speech.features import (
     Frontend,
     FrontendConfig,
@@ -244,6 +244,23 @@ def test_dither_is_seeded_and_only_in_training():
     assert torch.equal(draw(1), draw(2))
 
 
+def test_blocks_of_the_spectrum_do_not_show(monkeypatch):
+    waves, lengths = torch.stack([speech(9000, seed=1), speech(9000, seed=2)]), torch.tensor([9000, 8000])
+    want = Frontend(FUNASR)(waves, lengths)[0]
+    monkeypatch.setattr("nar_speech.features.CPU_BLOCK_FRAMES", 14)
+    torch.testing.assert_close(Frontend(FUNASR)(waves, lengths)[0], want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [FUNASR, WENET, WHISPER])
+def test_cuda_equals_cpu(config):
+    waves, lengths = torch.stack([speech(9000, seed=1), speech(9000, seed=2)]), torch.tensor([9000, 300])
+    want, rows = Frontend(config)(waves, lengths)
+    got, rows_got = Frontend(config).cuda()(waves.cuda(), lengths.cuda())
+    assert rows_got.tolist() == rows.tolist()
+    torch.testing.assert_close(got.cpu(), want, atol=2e-3, rtol=1e-3)
+
+
 def test_log_mel_can_not_stream():
     with pytest.raises(ConfigError, match="whole utterance"):
         Frontend(WHISPER).init_state(1)
@@ -270,8 +287,10 @@ def test_impossible_configurations_are_refused(values, words):
 
 
 def test_wrong_shapes_are_refused():
-    with pytest.raises(ConfigError, match="expected waves"):
+    with pytest.raises(InputError, match="expected waves"):
         Frontend(WENET)(torch.zeros(400), torch.tensor([400]))
+    with pytest.raises(InputError, match="401 samples, but the waves hold 400"):
+        Frontend(WENET)(torch.zeros(1, 400), torch.tensor([401]))
     with pytest.raises(ConfigError, match="560 values"):
         Frontend(FUNASR, (torch.zeros(80), torch.ones(80)))
 

@@ -107,9 +107,9 @@ def resolve(
                 " package again, or name a model with --model"
             )
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         return path
-    if path.exists():
+    if path.is_file():
         raise HubError(f"{text}: is a file; name the model folder it lies in")
     if text.startswith((".", "/", "~")) or isinstance(name, Path):
         raise HubError(f"{text}: no such model folder; check the path")
@@ -123,7 +123,7 @@ def detect(folder: str | Path) -> Layout:
     """Which layout a model folder has.
 
     Raises:
-        HubError: none that is known, or an incomplete one; the message says what is missing.
+        HubError, ConfigError, CheckpointError: an unknown layout, or something is missing.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -136,18 +136,17 @@ def detect(folder: str | Path) -> Layout:
         if not there("model.safetensors"):
             raise HubError(f"{folder}: has model.yaml but no model.safetensors; get the weights again")
         return "nar_speech"
-    if there("config.yaml"):
-        model = configs.read_yaml(folder / "config.yaml").get("model")
+    if there("config.yaml", "configuration.json"):
+        from nar_speech.models.funasr import read_folder
+
+        model = read_folder(folder).config.get("model")
         if model not in _OFFICIAL_FUNASR:
             raise HubError(
-                f"{folder / 'config.yaml'}: model '{model}' is not supported; supported FunASR models:"
-                f" {', '.join(_OFFICIAL_FUNASR)}"
+                f"{folder}: FunASR model '{model}' is not supported; supported: {', '.join(_OFFICIAL_FUNASR)}"
             )
         return "sensevoice" if model == "SenseVoiceSmall" else "funasr"
     if there("train.yaml"):
         return "wenet"
-    if there("configuration.json"):
-        raise HubError(f"{folder}: has configuration.json (FunASR) but no config.yaml; get the model again")
     if there("model.safetensors"):
         raise HubError(f"{folder}: has model.safetensors but no model.yaml; get the model again")
     weights = next((p.name for p in sorted(folder.iterdir()) if p.suffix in (".pt", ".pb", ".onnx")), None)
@@ -363,7 +362,6 @@ def _download(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -411,12 +409,8 @@ def _download(
                 f" --offline and HF_HUB_OFFLINE, or set {CACHE_VARIABLE} to the cache that has it"
             ) from error
         raise HubError(_no_network(name)) from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the hub client lets the errors of its HTTP library through
         raise HubError(_no_network(name)) from error
-    except Exception as error:  # the hub client's HTTP library is not ours to know
-        if type(error).__module__.partition(".")[0] in ("httpx", "requests", "urllib3", "httpcore"):
-            raise HubError(_no_network(name)) from error
-        raise
 
 
 def _no_network(name: str) -> str:
@@ -431,6 +425,6 @@ def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return (
-        f"{name}: no such model or folder; {hint}give a folder, a hub id org/name, or one of"
-        f" {', '.join(known)}"
+        f"{name or '(empty name)'}: no such model or folder; {hint}give a folder, a hub id org/name, or one"
+        f" of {', '.join(known)}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from nar_speech.features import FrontendConfig
 from nar_speech.model_folder import write_model_folder
 from nar_speech.models.ctc import CtcConfig, CtcModel
 from nar_speech.models.paraformer import ParaformerConfig, build_paraformer
+from nar_speech.models.paraformer_official import convert_config
 from nar_speech.text.tokenizer import CharTokenizer
 from nar_speech.types import ModelCard
 
@@ -69,6 +71,62 @@ def ctc_folder(folder: Path, seed: int = 0, decoding: dict | None = None, **netw
     torch.manual_seed(seed)
     model = CtcModel(config)
     return write_model_folder(folder, model, _card("ctc"), frontend, config, tokenizer, decoding)
+
+
+def funasr_folder(folder: Path, seed: int = 0) -> Path:
+    """A Paraformer as FunASR lays it out: config.yaml, model.pt, tokens.json, am.mvn."""
+    folder.mkdir(parents=True)
+    encoder = {
+        "output_size": 32,
+        "attention_heads": 2,
+        "linear_units": 48,
+        "num_blocks": 2,
+        "input_layer": "pe",
+    }
+    tree = {
+        "model": "Paraformer",
+        "model_conf": {"ctc_weight": 0.0, "predictor_bias": 1, "sampling_ratio": 0.75},
+        "encoder": "SANMEncoder",
+        "encoder_conf": {**encoder, "kernel_size": 5, "selfattention_layer_type": "sanm"},
+        "decoder": "ParaformerSANMDecoder",
+        "decoder_conf": {"attention_heads": 2, "linear_units": 48, "num_blocks": 2, "att_layer_num": 2},
+        "predictor": "CifPredictorV2",
+        "predictor_conf": {"idim": 32, "threshold": 1.0, "l_order": 1, "r_order": 1, "tail_threshold": 0.45},
+        "frontend": "WavFrontend",
+        "frontend_conf": {"fs": 16000, "window": "hamming", "n_mels": 20, "lfr_m": 7, "lfr_n": 6},
+        "tokenizer": "CharTokenizer",
+    }
+    configs.write_yaml(tree, folder / "config.yaml")
+    torch.manual_seed(seed)
+    network = build_paraformer(convert_config(tree, 140, len(PIECES)))
+    torch.save({"state_dict": network.state_dict()}, folder / "model.pt")
+    (folder / "tokens.json").write_text(json.dumps(PIECES))
+    values = " ".join(["0.1"] * 140)
+    sections = [f"<{name}> 140 140\n<LearnRateCoef> 0 [ {values} ]\n" for name in ("AddShift", "Rescale")]
+    (folder / "am.mvn").write_text(f"<Nnet>\n<Splice> 140 140\n[ 0 ]\n{''.join(sections)}</Nnet>\n")
+    return folder
+
+
+def wenet_folder(folder: Path, seed: int = 0) -> Path:
+    """A conformer as WeNet lays it out: train.yaml, final.pt, units.txt."""
+    folder.mkdir(parents=True)
+    decoder = {"attention_heads": 2, "linear_units": 48, "num_blocks": 1}
+    tree = {
+        "model": "asr_model",
+        "encoder": "conformer",
+        "encoder_conf": CONFORMER,
+        "decoder": "transformer",
+        "decoder_conf": decoder,
+        "dataset_conf": {"fbank_conf": {"num_mel_bins": 20, "frame_shift": 10, "frame_length": 25}},
+        "tokenizer": "char",
+        "input_dim": 20,
+    }
+    configs.write_yaml(tree, folder / "train.yaml")
+    torch.manual_seed(seed)
+    config = CtcConfig(20, len(PIECES), encoder_conf=CONFORMER, decoder="transformer", decoder_conf=decoder)
+    torch.save(CtcModel(config).state_dict(), folder / "final.pt")
+    (folder / "units.txt").write_text("".join(f"{piece} {i}\n" for i, piece in enumerate(PIECES)))
+    return folder
 
 
 def _card(model: str) -> ModelCard:

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from nar_speech.checkpoint import load_strict, read_weights
+from nar_speech.checkpoint import SkipInit, load_strict, read_weights
 from nar_speech.config import from_dict
 from nar_speech.errors import ConfigError
 from nar_speech.models.funasr import (
@@ -241,9 +239,8 @@ def load_official(folder: str | Path) -> ModelParts:
     config = convert_config(
         found.config, frontend.feature_size, tokenizer.vocab_size, str(found.path / "config.yaml")
     )
-    with torch.device("meta"):
+    with SkipInit():
         network: Paraformer = build_paraformer(config)
-    network = network.to_empty(device="cpu")
     load_strict(network, read_weights(found.weights), where=found.weights)
     card = build_card(found, "paraformer", frontend.config.sample_rate)
     return ModelParts(network.eval(), frontend, tokenizer, card)

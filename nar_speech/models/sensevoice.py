@@ -7,7 +7,7 @@ answer with tags of the same kinds. An et al. 2024, "FunAudioLLM", arXiv 2407.04
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ class SenseVoice(nn.Module):
             network = SenseVoice(config)
         load_strict(network, read_weights(found.weights), where=found.weights)
         card = build_card(found, "sensevoice", frontend.config.sample_rate)
+        card = replace(card, languages=("zh", "en", "yue", "ja", "ko"))
         return ModelParts(network.eval(), frontend, tokenizer, card)
 
     def encode(

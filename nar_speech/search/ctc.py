@@ -45,8 +45,8 @@ def greedy(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> list[CtcHypoth
     batch, frames, _ = log_probs.shape
     if frames == 0:
         return [CtcHypothesis((), 0.0, (), ()) for _ in range(batch)]
-    best, labels = log_probs.float().max(-1)
-    valid = torch.arange(frames, device=labels.device) < lengths.to(labels.device).unsqueeze(1)
+    best, labels = (x.cpu() for x in log_probs.float().max(-1))  # small from here on
+    valid = torch.arange(frames) < lengths.cpu().unsqueeze(1)
     labels = labels.masked_fill(~valid, blank)
     starts = torch.ones_like(valid)
     starts[:, 1:] = labels[:, 1:] != labels[:, :-1]

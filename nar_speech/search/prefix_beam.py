@@ -94,12 +94,13 @@ def prefix_beam(
         active = order[: int((counts > t).sum())]
         search.advance(values[active, t], symbols[active, t])
     results = search.results(nbest or beam)
-    probabilities = log_probs.cpu().numpy()
     output: list[list[CtcHypothesis]] = [[] for _ in range(batch)]
     for row, item in enumerate(order.tolist()):
         for tokens, steps, score, context_score, lm_score in results[row]:
             times = frames[item, steps]
-            sure = np.exp(probabilities[item, times, tokens])
+            # A token's frame is one where it was among the candidates.
+            own = np.where(symbols[item, steps] == tokens[:, None], values[item, steps], -np.inf)
+            sure = np.exp(own.max(1))
             output[item].append(
                 CtcHypothesis(
                     tuple(tokens.tolist()),

@@ -133,12 +133,9 @@ def _kept_frames(
     keep[:, 1:] &= ~(sure[:, 1:] & sure[:, :-1])
     run = keep.long().cumsum(1) - 1
     sums = torch.zeros_like(blanks).scatter_add(1, run.clamp(min=0), blanks.masked_fill(~valid, 0.0))
+    # Left out frames all go to the last column, which is free if there are any.
     packed = torch.zeros_like(index).scatter(1, torch.where(keep, run, size - 1), index) if size else index
     counts = keep.sum(1)
-    # Unkept frames all write to the last column; where that column is in use its own frame must win.
-    full = counts == size
-    if size and bool(full.any()):
-        packed[full, -1] = size - 1
     return packed.cpu().numpy(), counts.cpu().numpy(), sums.cpu().numpy()
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nar_speech.errors import InputError
+from nar_speech.layers.packed import is_replaceable
 
 SMALLEST_OUTPUT = 16  # narrower layers (CIF's weight of a frame) gain no time and decide too much
 ENGINE = "fbgemm"
@@ -44,7 +45,7 @@ def quantize_dynamic_int8(module: nn.Module) -> nn.Module:
 
 
 def _replace(module: nn.Module) -> nn.Module:
-    if type(module) is nn.Linear:  # a subclass may be read in ways that need its float weight
+    if is_replaceable(module):
         return Int8Linear(module) if module.out_features >= SMALLEST_OUTPUT else module
     for name, child in module.named_children():
         new = _replace(child)

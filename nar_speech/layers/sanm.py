@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nar_speech.errors import ConfigError
 from nar_speech.layers.intermediate import Tap
+from nar_speech.layers.packed import linear_relu
 from nar_speech.layers.position import SinusoidPosition
 
 
@@ -131,7 +132,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        return self.w_2(F.dropout(F.relu(self.w_1(x)), self.dropout, self.training))
+        return self.w_2(F.dropout(linear_relu(self.w_1, x), self.dropout, self.training))
 
 
 class SANMEncoderLayer(nn.Module):
@@ -320,7 +321,7 @@ class NormedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, U, D) -> (B, U, D)."""
-        return self.w_2(self.norm(F.dropout(F.relu(self.w_1(x)), self.dropout, self.training)))
+        return self.w_2(self.norm(F.dropout(linear_relu(self.w_1, x), self.dropout, self.training)))
 
 
 class SANMDecoderLayer(nn.Module):

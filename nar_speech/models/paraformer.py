@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nar_speech.errors import ConfigError
 from nar_speech.layers.cif import PREDICTORS, CifOutput, CifPredictorV3, CifTimes, PredictorConfig
 from nar_speech.layers.encoder import build_encoder
+from nar_speech.layers.packed import keep_plain
 from nar_speech.layers.sanm import SANMDecoder, SANMDecoderConfig, make_padding
 from nar_speech.losses.cif import (
     append_eos,
@@ -153,8 +154,10 @@ class Paraformer(nn.Module):
         size = self.encoder.output_size
         self.predictor = PREDICTORS[config.predictor](size, config.predictor_conf)
         self.decoder = self._build_decoder(size)
-        if config.share_embedding and hasattr(self.decoder, "embed"):
-            del self.decoder.embed
+        if config.share_embedding:
+            if hasattr(self.decoder, "embed"):
+                del self.decoder.embed
+            keep_plain(self.decoder.output_layer)
         if config.ctc_weight > 0:
             self.ctc = CtcHead(size, config.vocab_size)
 

@@ -158,7 +158,7 @@ class SeacoParaformer(BiCifParaformer):
     def hotword_states(self, hotwords: Hotwords) -> Tensor:
         """One vector per hotword and a last one for "none of them": (N + 1, D)."""
         ids, lengths = pad_hotwords([*hotwords, [SOS]], self.config.vocab_size)
-        embedded = self.embed_tokens(ids.to(self.hotword_output_layer.weight.device))
+        embedded = self.embed_tokens(ids.to(next(self.parameters()).device))
         packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
         states = pad_packed_sequence(self.bias_encoder(packed)[0], batch_first=True)[0]
         if self.config.hotword_conf.bidirectional:

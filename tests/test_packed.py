@@ -1,0 +1,81 @@
+"""Packed Linear layers: the same numbers, what is left alone, the fused ReLU."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nar_speech.layers.packed import PackedLinear, keep_plain, linear_relu, pack_linear_layers
+from nar_speech.layers.quantize import Int8Linear, quantize_dynamic_int8
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=st.integers(1, 300), inputs=st.integers(1, 70), outputs=st.integers(1, 70), bias=st.booleans())
+def test_equals_the_plain_layer(rows, inputs, outputs, bias):
+    torch.manual_seed(rows)
+    linear = nn.Linear(inputs, outputs, bias).requires_grad_(False).eval()
+    x = torch.randn(2, rows, inputs)
+    packed = PackedLinear(linear)
+    torch.testing.assert_close(packed(x), linear(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed(x[0, 0]), linear(x[0, 0]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(linear_relu(packed, x), linear(x).relu(), atol=1e-5, rtol=1e-5)
+
+
+def test_views_and_empty_inputs():
+    linear = nn.Linear(16, 24).requires_grad_(False)
+    x = torch.randn(3, 16, 5).transpose(1, 2)
+    packed = PackedLinear(linear)
+    torch.testing.assert_close(packed(x), linear(x))
+    torch.testing.assert_close(packed(x[:, ::2]), linear(x[:, ::2]))
+    assert packed(x[:0]).shape == (0, 5, 24)
+
+
+def test_bfloat16_stays_bfloat16():
+    linear = nn.Linear(64, 32).requires_grad_(False).bfloat16()
+    x = torch.randn(10, 64).bfloat16()
+    got = PackedLinear(linear)(x)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, linear(x), atol=2e-2, rtol=2e-2)
+
+
+def test_packs_all_linear_layers_and_copies():
+    net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 2))).eval()
+    plain = copy.deepcopy(net)
+    assert pack_linear_layers(net) is net
+    assert [type(m) for m in (net[0], net[2][0])] == [PackedLinear] * 2
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), plain(x))
+    assert isinstance(pack_linear_layers(nn.Linear(4, 2).eval()), PackedLinear)
+
+
+def test_leaves_alone_what_must_stay_plain():
+    class Special(nn.Linear):
+        pass
+
+    table = nn.Linear(8, 32)
+    keep_plain(table)
+    others = [Special(8, 32), table, nn.Linear(8, 32).double(), nn.Linear(8, 32, device="meta")]
+    net = nn.ModuleList([*others, nn.Linear(8, 32)])
+    assert pack_linear_layers(net.train()) is net
+    assert list(net)[4].__class__ is nn.Linear
+    pack_linear_layers(net.eval())
+    assert list(net)[:4] == others
+    assert isinstance(net[4], PackedLinear)
+    net = quantize_dynamic_int8(nn.ModuleList([Special(8, 32), table, nn.Linear(8, 32)]).eval())
+    assert [type(m) for m in net] == [Special, nn.Linear, Int8Linear]
+
+
+def test_linear_relu_of_a_plain_layer_has_the_right_gradients():
+    linear = nn.Linear(5, 7).double()
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+
+    def function(x, weight, bias):
+        return linear_relu(lambda x: nn.functional.linear(x, weight, bias), x)
+
+    assert torch.autograd.gradcheck(function, (x, *linear.parameters()))

@@ -1,0 +1,1 @@
+"""Task objects: what turns inputs of one task into results."""

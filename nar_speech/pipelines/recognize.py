@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,9 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nar_speech.errors import ConfigError, InputError, NarSpeechError
 from nar_speech.features import Frontend
+from nar_speech.layers.packed import pack_linear_layers
+from nar_speech.layers.cif import CifOutput
 from nar_speech.model_folder import DecodingConfig
 from nar_speech.models.ctc import CtcModel
-from nar_speech.models.paraformer import BLANK, EOS, Paraformer, ParaformerOutput
+from nar_speech.models.paraformer import BLANK, EOS, Paraformer
 from nar_speech.models.sensevoice import LANGUAGES, PROMPT_FRAMES, SenseVoice
 from nar_speech.search.ctc import (
     ContextGraph,
@@ -33,6 +35,7 @@ from nar_speech.text.tokenizer import Tokenizer
 from nar_speech.types import Hypothesis
 
 MIN_SECONDS = 0.2  # shorter clips are followed by silence: subsampling encoders need some frames
+Times: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]  # starts and ends
 BIASED_VARIANTS = ("contextual", "seaco")
 
 
@@ -149,6 +152,8 @@ class Recognizer:
         self.network = (
             network.to(device, dtype).eval() if dtype != torch.float32 else network.to(device).eval()
         )
+        if device.type == "cpu":
+            self.network = pack_linear_layers(self.network)
         self.frontend = frontend.to(device).eval()
         self.tokenizer, self.device, self.dtype = tokenizer, device, dtype
         self.sample_rate = frontend.config.sample_rate
@@ -187,17 +192,8 @@ class Recognizer:
         decoder = choose(self.network, decoding)
         feats, lengths = self.features(waves)
         durations = [len(wave) / self.sample_rate for wave in waves]
-        if isinstance(self.network, Paraformer):
-            found = self._paraformer(feats, lengths, durations, decoder, decoding, bias, times)
-        else:
-            found = self._ctc(feats, lengths, durations, decoder, decoding, bias, times)
-        for item in found:
-            if not np.isfinite(item.confidences).all():
-                raise NarSpeechError(
-                    f"the network gave NaN ({self.dtype}); use dtype float32, and check the model with"
-                    " 'nar-speech models verify'"
-                )
-        return found
+        family = self._paraformer if isinstance(self.network, Paraformer) else self._ctc
+        return family(feats, lengths, durations, decoder, decoding, bias, times)
 
     @torch.inference_mode()
     def analyse(self, wave: np.ndarray, decoding: DecodingConfig) -> Analysis:
@@ -238,21 +234,24 @@ class Recognizer:
             log_probs = self.network.ctc_logits(encoded).float().log_softmax(-1)
             return self._search(log_probs, lengths, durations, decoder, decoding, bias, times)
         hotwords = [list(ids) for ids in bias.phrases] if bias else None
-        out = self.network(feats, lengths, hotwords)
-        rows = self._positions(out, decoding.nbest)
+        encoded, lengths = self.network.encode(feats, lengths)
+        self._refuse_nan(encoded, lengths)
+        cif = self.network.predict(encoded, lengths)
+        log_probs = self.network.recognise(encoded, lengths, cif, hotwords)
+        self._refuse_nan(log_probs, cif.token_lengths)
+        rows = self._positions(log_probs, cif.token_lengths.tolist(), decoding.nbest)
         if not times:
             return [item for item, _ in rows]
-        spans = self._paraformer_times(
-            out, [item.ids for item, _ in rows], [kept for _, kept in rows], durations
-        )
+        spans = self._paraformer_times(encoded, lengths, cif, rows, durations)
         return [replace(item, starts=s, ends=e) for (item, _), (s, e) in zip(rows, spans, strict=True)]
 
-    def _positions(self, out: ParaformerOutput, nbest: int) -> list[tuple[Recognized, list[int]]]:
+    def _positions(
+        self, log_probs: Tensor, counts: list[int], nbest: int
+    ) -> list[tuple[Recognized, list[int]]]:
         """Best token at every position, special ids dropped, and the positions that were kept."""
-        counts = out.token_lengths.tolist()
-        if out.log_probs.shape[1] == 0:
+        if log_probs.shape[1] == 0:
             return [(Recognized((), ()), []) for _ in counts]
-        best, ids = out.log_probs.max(-1)
+        best, ids = log_probs.max(-1)
         rows = []
         for row, (count, item_ids, sure) in enumerate(
             zip(counts, ids.tolist(), best.exp().tolist(), strict=True)
@@ -262,7 +261,7 @@ class Recognizer:
             if nbest > 1:
                 hypotheses = self._hypotheses(
                     (tuple(i for i in sequence if i > EOS), score)
-                    for sequence, score in best_sequences(out.log_probs[row, :count], nbest)
+                    for sequence, score in best_sequences(log_probs[row, :count], nbest)
                 )
             tokens = tuple(item_ids[u] for u in kept)
             rows.append((Recognized(tokens, tuple(sure[u] for u in kept), nbest=hypotheses), kept))
@@ -270,42 +269,33 @@ class Recognizer:
 
     def _paraformer_times(
         self,
-        out: ParaformerOutput,
-        ids: list[tuple[int, ...]],
-        kept: list[list[int]],
+        encoded: Tensor,
+        lengths: Tensor,
+        cif: CifOutput,
+        rows: list[tuple[Recognized, list[int]]],
         durations: list[float],
-    ) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+    ) -> list[Times]:
         """Token times from the time stamp head, the CTC head or the CIF weights, the first the model has."""
-        if out.us_alphas is not None:
-            ratio = round(out.us_alphas.shape[1] / max(out.encoder_out.shape[1], 1))
-            alphas, peaks = out.us_alphas, out.us_peaks
-        elif has_ctc(self.network):
-            return self._aligned(out, ids, durations)
-        else:
-            ratio, alphas, peaks = 1, out.alphas, out.peaks
-        alphas, peaks = alphas.float().cpu(), peaks.float().cpu()
-        frames = (out.encoder_lengths * ratio).tolist()
-        counts = out.token_lengths.tolist()
-        spans = []
-        for row, positions in enumerate(kept):
-            if not positions:
-                spans.append(((), ()))
+        head = self.network.times(encoded, lengths, cif.token_num)
+        if head is None and has_ctc(self.network):
+            # The best CTC path of the recognised tokens.
+            log_probs = self.network.ctc_logits(encoded).float().log_softmax(-1)
+            return self._align(log_probs, lengths, [item.ids for item, _ in rows], durations)
+        source = cif if head is None else head
+        ratio = 1 if head is None else head.alphas.shape[1] // encoded.shape[1]
+        alphas, peaks = source.alphas.float().cpu(), source.peaks.float().cpu()
+        sizes = (lengths * ratio).tolist()
+        times: list[Times] = []
+        for row, (_, kept) in enumerate(rows):
+            if not kept:
+                times.append(((), ()))
                 continue
             # The end-of-sentence token has a fire of its own, the last one.
-            tokens = max(counts[row] - 1, positions[-1] + 1)
-            size = frames[row]
-            starts, ends = token_times(
-                alphas[row, :size], peaks[row, :size], tokens, self.frame_seconds / ratio
-            )
-            spans.append(tidy([starts[u] for u in positions], [ends[u] for u in positions], durations[row]))
-        return spans
-
-    def _aligned(
-        self, out: ParaformerOutput, ids: list[tuple[int, ...]], durations: list[float]
-    ) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
-        """Times from the best CTC path of the recognised tokens."""
-        log_probs = self.network.ctc_logits(out.encoder_out).float().log_softmax(-1)
-        return self._align(log_probs, out.encoder_lengths, ids, durations, BLANK)
+            tokens = max(int(cif.token_lengths[row]) - 1, kept[-1] + 1)
+            weights = alphas[row, : sizes[row]], peaks[row, : sizes[row]]
+            starts, ends = token_times(*weights, tokens, self.frame_seconds / ratio)
+            times.append(tidy([starts[u] for u in kept], [ends[u] for u in kept], durations[row]))
+        return times
 
     def _align(
         self,
@@ -313,8 +303,7 @@ class Recognizer:
         lengths: Tensor,
         ids: list[tuple[int, ...]],
         durations: list[float],
-        blank: int,
-    ) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+    ) -> list[Times]:
         """Token borders around a forced alignment's spikes; spread evenly where tokens outnumber frames."""
         frames = lengths.tolist()
         needed = [len(row) + sum(a == b for a, b in pairwise(row)) for row in ids]
@@ -327,7 +316,7 @@ class Recognizer:
         if padded.shape[1] == 0:
             spans = [[] for _ in ids]
         else:
-            spans = token_spans(forced_align(log_probs, lengths, padded, sizes, blank))
+            spans = token_spans(forced_align(log_probs, lengths, padded, sizes, BLANK))
         times = []
         for row, fit, item, duration in zip(ids, fits, spans, durations, strict=True):
             if fit:
@@ -382,6 +371,7 @@ class Recognizer:
         times: bool,
         rescore: Any = None,
     ) -> list[Recognized]:
+        self._refuse_nan(log_probs, lengths)
         blank = getattr(self.network.config, "blank", BLANK)
         if decoder == "ctc_greedy":
             lists = [[hypothesis] for hypothesis in greedy(log_probs, lengths, blank)]
@@ -413,6 +403,17 @@ class Recognizer:
             found.append(Recognized(item.tokens, item.confidences, *spans, nbest))
         return found
 
+    def _refuse_nan(self, values: Tensor, lengths: Tensor) -> None:
+        """A row of softmax or norm outputs (B, T, V) is NaN everywhere or nowhere: one column tells."""
+        if values.shape[1] == 0:
+            return
+        valid = torch.arange(values.shape[1], device=values.device) < lengths.to(values.device)[:, None]
+        if bool((torch.isnan(values[:, :, 0]) & valid).any()):
+            raise NarSpeechError(
+                f"the network gave NaN in {self.dtype}; use float32, and check the model with"
+                " 'nar-speech models verify'"
+            )
+
     def _hypotheses(self, sequences: Any) -> tuple[Hypothesis, ...]:
         """Texts and scores; of equal texts the first stays."""
         texts: dict[str, float] = {}
@@ -421,9 +422,7 @@ class Recognizer:
         return tuple(Hypothesis(text, score) for text, score in texts.items())
 
 
-def tidy(
-    starts: Sequence[float], ends: Sequence[float], duration: float
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def tidy(starts: Sequence[float], ends: Sequence[float], duration: float) -> Times:
     """Times inside [0, duration], in order, no token longer than up to the next one's start."""
     first = np.maximum.accumulate(np.clip(starts, 0.0, duration)) if len(starts) else np.zeros(0)
     last = np.minimum(np.clip(ends, 0.0, duration), np.append(first[1:], duration)) if len(starts) else first

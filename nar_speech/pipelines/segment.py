@@ -6,6 +6,7 @@ started two seconds early so that its state has settled; memory does not grow wi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -47,9 +48,11 @@ class SileroVad:
                 " 16000 can"
             )
         threads = torch.get_num_threads()
-        from silero_vad import load_silero_vad
+        with warnings.catch_warnings():  # about how it loads its model
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from silero_vad import load_silero_vad
 
-        self.model = load_silero_vad()
+            self.model = load_silero_vad()
         torch.set_num_threads(threads)  # importing it sets one thread for the whole process
         self.step = max(sample_rate // 16000, 1)
         self.rate = 8000 if sample_rate == 8000 else 16000

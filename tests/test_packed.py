@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from nar_speech.errors import InputError
 from nar_speech.layers.packed import PackedLinear, keep_plain, linear_relu, pack_linear_layers
 from nar_speech.layers.quantize import Int8Linear, quantize_dynamic_int8
 
@@ -69,6 +70,17 @@ def test_leaves_alone_what_must_stay_plain():
     assert isinstance(net[4], PackedLinear)
     net = quantize_dynamic_int8(nn.ModuleList([Special(8, 32), table, nn.Linear(8, 32)]).eval())
     assert [type(m) for m in net] == [Special, nn.Linear, Int8Linear]
+
+
+def test_a_packed_module_can_not_be_moved_or_quantised():
+    net = pack_linear_layers(nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32)).eval())
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        assert torch.equal(net.to("cpu", torch.float32)(x), net(x))
+    with pytest.raises(InputError, match=r"laid out for torch.float32 on the CPU .* torch.bfloat16"):
+        net.to(torch.bfloat16)
+    with pytest.raises(InputError, match="used in another dtype before; load it again"):
+        quantize_dynamic_int8(net)
 
 
 def test_linear_relu_of_a_plain_layer_has_the_right_gradients():

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nar_speech.errors import InputError
+
 ROWS = 256  # the layout is chosen for inputs of about this many frames or tokens; it is right for any number
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -60,6 +62,16 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.dtype}"
+
+    def _apply(self, fn, recurse=True):
+        """Refuse what ``to()`` can't do to a packed weight; do nothing where nothing would change."""
+        probe = fn(torch.empty(0, dtype=self.dtype))
+        if probe.dtype != self.dtype or probe.device.type != "cpu":
+            raise InputError(
+                f"this model is laid out for {self.dtype} on the CPU and can't become {probe.dtype} on"
+                f" '{probe.device}'; load it again"
+            )
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
         """(..., in_features) -> (..., out_features), no gradient. ``activation``: "none" or "relu"."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nar_speech.errors import InputError
-from nar_speech.layers.packed import is_replaceable
+from nar_speech.layers.packed import PackedLinear, is_replaceable
 
 SMALLEST_OUTPUT = 16  # narrower layers (CIF's weight of a frame) gain no time and decide too much
 ENGINE = "fbgemm"
@@ -32,13 +32,16 @@ def quantize_dynamic_int8(module: nn.Module) -> nn.Module:
         ``module`` itself, or its replacement where it is a Linear layer.
 
     Raises:
-        InputError: parameters on another device, a module in training mode, or a CPU without int8 support.
+        InputError: parameters on another device, a module in training mode, a module that was packed before
+            (:mod:`nar_speech.layers.packed`), or a CPU without int8 support.
     """
     where = {p.device.type for p in module.parameters()} - {"cpu"}
     if where:
         raise InputError(f"dtype int8: runs on the CPU only, the model is on '{where.pop()}'; use device cpu")
     if module.training:
         raise InputError("dtype int8: is for inference only; call eval() on the model first")
+    if any(isinstance(m, PackedLinear) for m in module.modules()):
+        raise InputError("dtype int8: this model was used in another dtype before; load it again")
     if ENGINE not in torch.backends.quantized.supported_engines:
         raise InputError("dtype int8: this PyTorch has no int8 kernels for this CPU; use float32")
     return _replace(module.float())

@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nar-speech {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (describe, run) in COMMANDS.items():
-        lines = (run.__doc__ or "").strip().split("\n")
+        lines = (run.__doc__ or "").replace("%", "%%").strip().split("\n")
         command = commands.add_parser(
             name,
             help=lines[0],

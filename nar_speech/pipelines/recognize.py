@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nar_speech.errors import ConfigError, InputError, NarSpeechError
 from nar_speech.features import Frontend
-from nar_speech.layers.packed import pack_linear_layers
 from nar_speech.layers.cif import CifOutput
+from nar_speech.layers.packed import pack_linear_layers
 from nar_speech.model_folder import DecodingConfig
 from nar_speech.models.ctc import CtcModel
 from nar_speech.models.paraformer import BLANK, EOS, Paraformer

@@ -18,12 +18,14 @@ import torch
 from nar_speech import config as configs
 from nar_speech.data import AugmentConfig, DataConfig, EvalData, SpecAugmentConfig, TrainData, spec_augment
 from nar_speech.features import FrontendConfig
+from nar_speech.losses.mwer import mwer_loss, negative_samples
 from nar_speech.model_folder import DecodingConfig, write_model_folder
 from nar_speech.models.paraformer import (
     BLANK,
     EOS,
     Paraformer,
     ParaformerConfig,
+    TrainingPass,
     build_paraformer,
     loss_terms,
     training_pass,
@@ -33,6 +35,23 @@ from nar_speech.train import TrainConfig, World, say, train
 from nar_speech.train.recipe import InitSection, load_initial, run_recipe
 from nar_speech.train.recognition import TokenizerSection, Validator, make_frontend, make_tokenizer
 from nar_speech.types import ModelCard
+
+
+@dataclass(frozen=True)
+class MwerSection:
+    """Minimum word error rate loss (:mod:`nar_speech.losses.mwer`), for a model that is already trained.
+
+    Attributes:
+        weight: its factor in the total loss; 0 turns it off.
+        after: step from which it counts; before, the model learns without it.
+        number, rate, depth: candidates per utterance, share of replaced tokens, and how many ranks replace.
+    """
+
+    weight: float = 0.0
+    after: int = 0
+    number: int = 4
+    rate: float = 0.5
+    depth: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,7 @@ class Recipe:
     tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
     network: dict[str, Any] = field(default_factory=dict)
     init: InitSection = field(default_factory=InitSection)
+    mwer: MwerSection = field(default_factory=MwerSection)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     specaug: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
@@ -58,6 +78,16 @@ def greedy(model: Paraformer, feats: torch.Tensor, lengths: torch.Tensor) -> lis
     best = out.log_probs.argmax(-1).tolist() if out.log_probs.shape[1] else [[]] * len(feats)
     counts = out.token_lengths.tolist()
     return [[i for i in row[:count] if i > EOS] for row, count in zip(best, counts, strict=True)]
+
+
+def add_mwer(terms: dict, run: TrainingPass, mwer: MwerSection, generator: torch.Generator) -> None:
+    """Add the MWER loss of the second pass to ``terms["loss"]`` and report it."""
+    log_probs = run.logits.float().log_softmax(-1)
+    lengths = run.target_lengths
+    candidates = negative_samples(log_probs, lengths, mwer.number, mwer.rate, mwer.depth, generator)
+    loss = mwer_loss(log_probs, candidates, lengths, run.targets, lengths)
+    terms["loss"] = terms["loss"] + mwer.weight * loss
+    terms["loss_mwer"] = loss.detach()
 
 
 def recipe(config: Recipe, world: World) -> None:
@@ -84,6 +114,8 @@ def recipe(config: Recipe, world: World) -> None:
         run = training_pass(model, feats, lengths, batch.tokens, batch.token_lengths, generator)
         terms = loss_terms(model, run, batch.tokens, batch.token_lengths)
         terms.pop("weight")
+        if config.mwer.weight > 0 and step >= config.mwer.after:
+            add_mwer(terms, run, config.mwer, generator)
         return terms
 
     def evaluate(model, feats, lengths, batch):

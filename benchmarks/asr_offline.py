@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from nar_speech import config as configs
-from nar_speech.errors import InputError, MissingExtraError
+from nar_speech.errors import InputError
 from nar_speech.model_folder import DecodingConfig
 from nar_speech.models.paraformer import EOS, Paraformer, build_paraformer
 from nar_speech.models.paraformer_official import convert_config
@@ -177,8 +177,6 @@ class Official:
     name = OFFICIAL
 
     def __init__(self, folder: Path):
-        if importlib.util.find_spec(OFFICIAL) is None:
-            raise MissingExtraError(OFFICIAL, "bench", "the comparison with the official implementation")
         logging.disable(logging.INFO)
         from funasr import AutoModel
 

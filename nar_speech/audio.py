@@ -14,6 +14,7 @@ import abc
 import io
 import logging
 import math
+import os
 import re
 import stat
 import sys
@@ -78,9 +79,8 @@ def info(source: str | Path | IO[bytes] | bytes) -> AudioInfo:
         AudioError: the source is missing or not audio. MissingExtraError: its container needs PyAV.
     """
     with _open(source) as reader:
-        frames = reader.frames
-        duration = None if frames is None else frames / reader.sample_rate
-        return AudioInfo(reader.sample_rate, reader.channels, frames, duration, reader.format)
+        duration = None if reader.frames is None else reader.frames / reader.sample_rate
+        return AudioInfo(reader.sample_rate, reader.channels, reader.frames, duration, reader.format)
 
 
 def read_audio(
@@ -314,11 +314,14 @@ class _Reader(abc.ABC):
 
 
 class _ForwardFile(soundfile.SoundFile):
-    """A sound file whose reads do not seek.
+    """A sound file whose reads do not seek, and whose name need not be UTF-8.
 
     ``SoundFile.read`` seeks to where it already is. An mp3 frame may hold its data in up to 511 bytes before
     it, which a seek forgets: at low bit rates every block would begin with silence.
     """
+
+    def __init__(self, file: str | IO[bytes]):
+        super().__init__(os.fsencode(file) if isinstance(file, str) and os.name == "posix" else file)
 
     def seekable(self) -> bool:
         """Keeps ``read`` from seeking; ``seek`` itself works."""
@@ -346,8 +349,8 @@ class _SoundFileReader(_Reader):
         try:
             self.sound = _ForwardFile(file)
         except (soundfile.SoundFileError, OSError, ValueError, TypeError, AttributeError) as error:
-            hint = "convert it to wav or flac"
-            raise AudioError(f"{where}: not audio that can be decoded ({_reason(error)}); {hint}") from error
+            message = f"{where}: not audio that can be decoded ({_reason(error)}); convert it to wav or flac"
+            raise AudioError(message) from error
         self.sample_rate, self.channels = self.sound.samplerate, self.sound.channels
         self.frames = self.sound.frames if 0 <= self.sound.frames < UNKNOWN_FRAMES else None
         self.format = f"{self.sound.format}/{self.sound.subtype}"
@@ -474,6 +477,10 @@ def _open(source: str | Path | IO[bytes] | bytes) -> _Reader:
         raise AudioError(f"{where}: the file object gives text; open it with mode 'rb'")
     if not head:
         raise AudioError(f"{where}: is empty (0 bytes); use a recording")
+    if (
+        head.lstrip()[:1] == b"<"
+    ):  # begins no audio format, and libsndfile's MP3 decoder would chatter about it
+        raise AudioError(f"{where}: is a web page, not audio; download the recording, not the page about it")
     container = any(head[offset : offset + len(magic)] == magic for offset, magic in _CONTAINERS)
     reader = (_AvReader if container else _SoundFileReader)(file, where)
     try:

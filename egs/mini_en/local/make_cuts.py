@@ -3,8 +3,8 @@
     python make_cuts.py --work work [--repeat librispeech251=3] [--limit synthetic_flite=3]
 
 Writes work/cuts/{train,dev,noise}.jsonl.gz, work/cuts/table.jsonl (hours by source) and work/bpe.model.
-Development: all of ljspeech32, some speakers of librispeech251 and speechocean762, some coffee orders. The clips
-of these speakers are not trained on, and their sentences are taken out of the synthetic speech.
+Development: all of ljspeech32, some speakers of librispeech251 and speechocean762, some coffee orders. These
+speakers are not trained on, and their sentences are taken out of the synthetic speech.
 """
 
 import argparse
@@ -49,6 +49,16 @@ def limited(rows: list[dict], most: dict[str, float], seed: int) -> list[dict]:
                 continue
         out.append(row)
     return out
+
+
+def likely(rows: list[dict], scores: Path, least: float | None) -> list[dict]:
+    """Rows without the speechocean762 clips whose transcript scored below `least` (filter_speechocean.py)."""
+    if least is None or not scores.exists():
+        return rows
+    low = {row["name"] for row in read_jsonl(scores) if row["score"] < least}
+    kept = [row for row in rows if row["source"] != "speechocean762" or row["name"] not in low]
+    print(f"{len(rows) - len(kept)} clips of speechocean762 dropped: their transcripts score below {least}")
+    return kept
 
 
 def to_cut(row: dict, copy: int = 0):
@@ -126,6 +136,7 @@ def main() -> None:
         "--repeat", type=pairs, nargs="*", default=[], help="source=times a clip is in one epoch"
     )
     parser.add_argument("--limit", type=pairs, nargs="*", default=[], help="source=most hours")
+    parser.add_argument("--least-score", type=float, help="drop speechocean762 clips that score lower")
     parser.add_argument("--vocab-size", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -139,6 +150,7 @@ def main() -> None:
     prose = [row for row in train + synth if row["source"] == "dctts_reader" or "synthetic" in row["source"]]
     known = {id(row) for row in prose if row["text"] in held}
     train = limited([row for row in train + synth if id(row) not in known], dict(args.limit), args.seed)
+    train = likely(train, args.work / "cuts" / "speechocean_scores.jsonl", args.least_score)
     count = check_not_reserved(train, "training list")
     repeat = {name: int(times) for name, times in args.repeat}
     write_cuts(args.work / "cuts" / "train.jsonl.gz", train, repeat)

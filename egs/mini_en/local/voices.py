@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import onnxruntime
 import soundfile
 
 # espeak-ng's IPA to the alphabet that Kokoro was trained with; longer patterns come first.
@@ -65,7 +64,10 @@ def kokoro_phonemes(ipa: str) -> str:
     return re.sub(r"\([a-z-]+\)", "", ipa)
 
 
-def session(path: Path) -> onnxruntime.InferenceSession:
+def session(path: Path):
+    """An onnxruntime session of one thread: the jobs of run.sh are the parallelism."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     return onnxruntime.InferenceSession(str(path), sess_options=options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,193 @@
+"""Stage 6: RESULTS.md of the recipe from what the other stages wrote; optionally the embedded model folder.
+
+python results.py --work work --out RESULTS.md [--embed nar_speech/assets/mini_en]
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from common import read_jsonl
+from score import DECODERS, POOLS
+
+SETS = {
+    "librispeech_other": "LibriSpeech test-other, 10 speakers (audiobooks, hard)",
+    "vctk": "VCTK p225 to p228 (British readers)",
+    "jfk": "Kennedy's inaugural address, one clip",
+    "asterisk_reserved": "Asterisk prompts vm-* and 3 more (voice seen in training)",
+    "pocketsphinx": "PocketSphinx test recordings",
+    "fsdd_test": "Free Spoken Digits, takes 0 to 4 (speakers seen in training)",
+    "fluent": "**LibriSpeech, VCTK and JFK together**",
+    "all": "**all of the above together**",
+}
+
+
+def command(*words: str) -> str:
+    return subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def data_table(work: Path) -> list[str]:
+    lines = ["| part | source | clips | hours | times an epoch |", "|---|---|---|---|---|"]
+    rows = read_jsonl(work / "cuts" / "table.jsonl")
+    for row in rows:
+        lines.append(
+            f"| {row['part']} | {row['source']} | {row['clips']} | {row['hours']:.2f} | {row['times']} |"
+        )
+    train = [row for row in rows if row["part"] == "train"]
+    total, epoch = sum(row["hours"] for row in train), sum(row["hours"] * row["times"] for row in train)
+    return [*lines, "", f"Training data: {total:.2f} h, {epoch:.2f} h an epoch."]
+
+
+def read_score(work: Path, name: str, decoder: str) -> dict | None:
+    path = work / "scores" / f"{name}.{decoder}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def score_table(work: Path) -> list[str]:
+    """One row a set: word error rate in % with its 95 % interval for each decoder."""
+    lines = [f"| set | words | {' | '.join(DECODERS)} |", "|---|---|" + "---|" * len(DECODERS)]
+    for name, title in SETS.items():
+        found = [read_score(work, name, decoder) for decoder in DECODERS]
+        if not any(found):
+            continue
+        cells = []
+        for score in found:
+            wer = score["wer"] if score else None
+            cells.append(
+                f"{100 * wer['rate']:.1f} ({100 * wer['low']:.1f} to {100 * wer['high']:.1f})" if wer else ""
+            )
+        words = next(score for score in found if score)["wer"]["reference"]
+        lines.append(f"| {title} | {words} | {' | '.join(cells)} |")
+    speeds = [read_score(work, "all", decoder) for decoder in DECODERS]
+    if all(speeds):
+        shown = (
+            f"{name} {score['real_time_factor']:.4f}" for name, score in zip(DECODERS, speeds, strict=True)
+        )
+        lines += [
+            "",
+            f"Seconds of computing per second of audio, all sets, one thread, float32: {', '.join(shown)}.",
+        ]
+    return lines
+
+
+def phase(folder: Path) -> list[str]:
+    """What one training run saw, and its validations."""
+    log = folder / "train.jsonl"
+    if not log.exists():
+        return []
+    rows = read_jsonl(log)
+    steps = [row for row in rows if "audio_per_second" in row]
+    before, audio = 0.0, 0.0
+    for row in steps:
+        audio += row["audio_per_second"] * max(0.0, row["seconds"] - before)
+        before = row["seconds"]
+    lines = [
+        f"`{folder.name}`: {len(steps)} steps, {before / 60:.0f} minutes, {audio / 3600:.1f} h of audio.",
+        "",
+        "| step | dev loss | dev WER, paraformer | dev WER, ctc_greedy |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        for kind in ("dev", "average", "final"):
+            if kind in row:
+                dev = row[kind]
+                step = row["step"] if kind == "dev" else f"{row['step']} {kind}"
+                lines.append(
+                    f"| {step} | {dev['loss']:.2f} | {100 * dev['wer']:.1f} % | {100 * dev['ctc_wer']:.1f} % |"
+                )
+    return [*lines, ""]
+
+
+def report(args: argparse.Namespace) -> str:
+    today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    parts = [
+        "# mini_en: results",
+        "",
+        f"Made by `bash egs/mini_en/run.sh` on {today}, commit {command('git', 'rev-parse', '--short', 'HEAD')}, "
+        f"on {processor()} ({torch.get_num_threads()} threads visible), PyTorch {torch.__version__}, "
+        f"Python {platform.python_version()}. Numbers vary from run to run: the training budget is wall time.",
+        "",
+        "## Word error rates",
+        "",
+        "In per cent with 95 % bootstrap intervals, one checkpoint, three decoders, no language model, by "
+        "`nar-speech evaluate` (lower case, punctuation off). None of this audio was trained on; "
+        "`local/reserved.py` refuses it.",
+        "",
+        *score_table(args.work),
+        "",
+        "## Data",
+        "",
+        *data_table(args.work),
+        "",
+        "## Training",
+        "",
+        *(line for name in ("heads", "joint") for line in phase(args.work / "exp" / name)),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+CARD = """# {name}
+
+{description}
+
+Default decoder: `{decoder}`; `ctc_greedy`, `ctc_beam` and `paraformer` all work on this one checkpoint.
+
+Where it comes from: {source}
+
+Good for: short commands, prompts and digits, and as a small example that needs no download. Not good for:
+noisy rooms, several speakers, names, long free speech; use a full-size model for these. The training data is
+mostly read speech and synthetic voices, with many Mandarin speakers and children.
+
+Word error rates in per cent (95 % interval):
+
+{scores}
+
+Rebuild it: `bash egs/mini_en/run.sh --embed`.
+"""
+
+
+def card_text(args: argparse.Namespace) -> str:
+    """README.md of the model folder: what the model is, what it was made of, how good it is."""
+    from nar_speech.model_folder import read_model_file
+
+    file = read_model_file(args.work / "model")
+    return CARD.format(
+        name=args.name,
+        description=file.card.description,
+        decoder=file.decoding.decoder,
+        source=file.card.source,
+        scores="\n".join(score_table(args.work)),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--name", default="mini_en")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--embed", type=Path, help="folder to copy the model to")
+    args = parser.parse_args()
+    args.out.write_text(report(args), encoding="utf-8")
+    print(f"wrote {args.out}; pools: {', '.join(POOLS)}")
+    if args.embed:
+        args.embed.mkdir(parents=True, exist_ok=True)
+        for path in (args.work / "model").iterdir():
+            shutil.copy2(path, args.embed / path.name)
+        (args.embed / "README.md").write_text(card_text(args), encoding="utf-8")
+        print(f"model folder copied to {args.embed}")
+
+
+if __name__ == "__main__":
+    main()

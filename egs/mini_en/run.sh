@@ -1,0 +1,195 @@
+#!/usr/bin/env bash
+# The embedded English model from nothing: data, synthesis, training, export, scores.  bash egs/mini_en/run.sh
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repo=$(cd "$here/../.." && pwd)
+
+stage=0
+stop_stage=6
+work="$here/work"
+python=${PYTHON:-python3}
+shared_data=""
+github=https://github.com
+jobs=2
+hours_piper=3
+hours_flite=2.5
+hours_kokoro=2
+vocab_size=500
+heads_minutes=4
+train_minutes=85
+processes=2
+filter_model=""
+filter_score=-2.5
+name=mini_en
+embed=false
+seed=1
+extra=()
+
+usage() {
+  cat <<END
+Usage: bash egs/mini_en/run.sh [options] [-- key=value ...]
+
+Trains the small English recogniser (Whisper tiny.en encoder, Paraformer decoder, joint CTC head) and scores it.
+A stage that is finished is skipped; remove its marker in WORK/done to run it again.
+
+  0 recordings and evaluation sets   1 synthetic speech   2 manifests, word pieces, Whisper's encoder
+  3 training   4 average, export     5 scores             6 RESULTS.md, embedding
+
+  --stage N          first stage (default $stage)
+  --stop-stage N     last stage (default $stop_stage)
+  --work DIR         everything that is made (default egs/mini_en/work)
+  --python FILE      Python with nar_speech installed (default \$PYTHON or python3)
+  --shared-data DIR  folder with librispeech251, coffee_commands ... (default ../shared/data where it exists);
+                     without it the sources that have a repository of their own are cloned, the others skipped
+  --github WHERE     server, or a folder of owner+name/repo mirrors (default $github)
+  --jobs N           processes of the synthesis (default $jobs)
+  --hours-piper H    hours of Piper joe (default $hours_piper), likewise --hours-flite ($hours_flite)
+                     and --hours-kokoro ($hours_kokoro)
+  --vocab-size N     word pieces (default $vocab_size)
+  --heads-minutes M  wall time of the first phase, in which the encoder is frozen (default $heads_minutes)
+  --train-minutes M  wall time of the second phase, in which everything is trained (default $train_minutes)
+  --processes N      training processes of one thread each (default $processes)
+  --filter-model DIR model folder of an earlier run; stage 2 drops the speechocean762 clips whose transcript
+                     it finds unlikely (default: none dropped)
+  --filter-score S   mean log probability per token below which a clip is dropped (default $filter_score)
+  --name NAME        of the model (default $name)
+  --embed            stage 6 copies the model folder to nar_speech/assets/NAME
+  --seed N           of sentences, voices and training (default $seed)
+  -- key=value ...   passed to recipes/paraformer.py
+END
+}
+
+fail() {
+  echo "run.sh: $*" >&2
+  exit 2
+}
+
+while [ $# -gt 0 ]; do
+  option=$1
+  case $option in
+    -h | --help) usage && exit 0 ;;
+    --embed) embed=true && shift && continue ;;
+    --) shift && extra=("$@") && break ;;
+    --stage | --stop-stage | --work | --python | --shared-data | --github | --jobs | --hours-piper | --hours-flite | \
+      --hours-kokoro | --vocab-size | --heads-minutes | --train-minutes | --processes | --filter-model | --filter-score | --name | --seed) ;;
+    *) fail "unknown option $option; --help lists them" ;;
+  esac
+  [ $# -ge 2 ] || fail "$option needs a value"
+  key=${option#--}
+  printf -v "${key//-/_}" '%s' "$2"
+  shift 2
+done
+for number in stage stop_stage jobs processes vocab_size seed; do
+  [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number//_/-} must be a whole number, got '${!number}'"
+done
+for number in hours_piper hours_flite hours_kokoro heads_minutes train_minutes; do
+  [[ ${!number} =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--${number//_/-} must be a number, got '${!number}'"
+done
+if [ -n "$shared_data" ] && [ ! -d "$shared_data" ]; then fail "--shared-data: no folder $shared_data"; fi
+if [ -z "$shared_data" ] && [ -d "$repo/../shared/data" ]; then shared_data="$repo/../shared/data"; fi
+
+mkdir -p "$work/done" "$work/log"
+work=$(cd "$work" && pwd)
+shared=()
+if [ -n "$shared_data" ]; then shared=(--shared-data "$(cd "$shared_data" && pwd)"); fi
+export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
+
+# part NUMBER NAME FUNCTION: run FUNCTION unless it is outside the wanted stages or its marker exists.
+part() {
+  if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ]; then return 0; fi
+  local marker="$work/done/$1-$2"
+  if [ -e "$marker" ]; then
+    echo "=== stage $1, $2: done before (remove $marker to repeat)"
+    return 0
+  fi
+  echo "=== stage $1, $2 ($(date '+%H:%M:%S'))"
+  "$3"
+  touch "$marker"
+}
+
+py() { "$python" "$here/local/$1.py" "${@:2}"; }
+
+recordings() { py prepare_real --work "$work" "${shared[@]}" --github "$github"; }
+evaluation() { py prepare_eval --work "$work" "${shared[@]}" --github "$github"; }
+
+sentences() {
+  local held=() prose=()
+  if [ -e "$work/real/ljspeech32.jsonl" ]; then held=(--held-out "$work/real/ljspeech32.jsonl"); fi
+  py find_prose --work "$work" "${shared[@]}" --github "$github"
+  if [ -e "$work/synth/prose.txt" ]; then prose=(--prose "$work/synth/prose.txt"); fi
+  py make_text "${prose[@]}" "${held[@]}" --seed "$seed" --out "$work/synth/text.jsonl"
+}
+
+# Every voice in $jobs processes; a run that was stopped goes on where it was.
+speech() {
+  local voice hours shard pids pid bad=0
+  for voice in flite piper kokoro; do
+    hours="hours_$voice"
+    pids=()
+    for ((shard = 0; shard < jobs; shard++)); do
+      "$work/tools/bin/python" "$here/local/synthesize.py" --engine "$voice" --text "$work/synth/text.jsonl" \
+        --hours "${!hours}" --shard "$shard/$jobs" --seed "$seed" --out "$work/synth" &
+      pids+=($!)
+    done
+    for pid in "${pids[@]}"; do wait "$pid" || bad=1; done
+    [ "$bad" = 0 ] || fail "synthesis with $voice failed, see above; the same command goes on from there"
+  done
+}
+
+whisper() { py convert_whisper --output "$work/whisper_tiny_en.safetensors"; }
+
+manifests() {
+  local filter=()
+  if [ -n "$filter_model" ]; then
+    py filter_speechocean --work "$work" --model "$filter_model"
+    filter=(--least-score "$filter_score")
+  fi
+  py make_cuts --work "$work" "${shared[@]}" --vocab-size "$vocab_size" --seed "$seed" "${filter[@]}" \
+    --repeat librispeech251=3 dctts_reader=2 asterisk=2 synthetic_kokoro=2
+}
+
+# train NAME MINUTES WEIGHTS CONFIG ...: one run of the recipe in work/exp/NAME, from WEIGHTS.
+train() {
+  local run="$1" minutes="$2" weights="$3" noise=()
+  shift 3
+  if [ -e "$work/cuts/noise.jsonl.gz" ]; then noise=("augment.noise=$work/cuts/noise.jsonl.gz"); fi
+  local settings=(
+    "$repo/configs/paraformer/mini_en.yaml" "$@"
+    "train.output_dir=$work/exp/$run" "train.max_minutes=$minutes" train.threads=1 "train.seed=$seed"
+    "data.train=[$work/cuts/train.jsonl.gz]" "data.dev=[$work/cuts/dev.jsonl.gz]"
+    "tokenizer.file=$work/bpe.model" "init.init_from=$weights" "${noise[@]}" "${extra[@]}"
+  )
+  (cd "$repo" && "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
+    -m recipes.paraformer "${settings[@]}") 2>&1 | tee -a "$work/log/train_$run.log"
+}
+heads() {
+  train heads "$heads_minutes" "$work/whisper_tiny_en.safetensors" "$here/conf/train.yaml" "$here/conf/heads.yaml"
+}
+joint() {
+  train joint "$train_minutes" "$work/exp/heads/model/model.safetensors" "$here/conf/train.yaml"
+}
+
+export_model() { py export --run "$work/exp/joint" --name "$name" --out "$work/model"; }
+scores() { py score --work "$work" --model "$work/model"; }
+results() {
+  local flags=()
+  if $embed; then flags=(--embed "$repo/nar_speech/assets/$name"); fi
+  py results --work "$work" --name "$name" --out "$here/RESULTS.md" "${flags[@]}"
+}
+
+if [ "$stage" -le 1 ]; then
+  bash "$here/prepare.sh" --work "$work" --python "$python"
+fi
+part 0 recordings recordings
+part 0 evaluation evaluation
+part 1 sentences sentences
+part 1 speech speech
+part 2 whisper whisper
+part 2 manifests manifests
+part 3 heads heads
+part 3 joint joint
+part 4 export export_model
+part 5 scores scores
+# Always made anew: it only reads what the other stages wrote.
+if [ "$stage" -le 6 ] && [ "$stop_stage" -ge 6 ]; then results; fi

@@ -75,7 +75,7 @@ def test_kill_9_then_the_same_command_gives_the_same_losses(manifest, uninterrup
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while max(losses(folder), default=0) < target:
             assert process.poll() is None, "the training ended before it could be killed"
             assert time.monotonic() < deadline
@@ -112,7 +112,8 @@ def test_two_processes_equal_accumulation_of_two(manifest, tmp_path):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
-def test_sigterm_stops_cleanly_and_the_run_goes_on(manifest, uninterrupted, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_group_stops_cleanly_and_the_run_goes_on(number, manifest, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(
         command(manifest, folder, "save_every=1000", "validate_every=1000"),
@@ -120,12 +121,14 @@ def test_sigterm_stops_cleanly_and_the_run_goes_on(manifest, uninterrupted, tmp_
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     while max(losses(folder), default=0) < 3:
+        assert process.poll() is None
         time.sleep(0.02)
-    process.terminate()
-    _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 0
+    os.killpg(process.pid, number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
     assert "the same command goes on from here" in stderr
     stopped_at = Saver(folder).steps()[-1]
     assert stopped_at == max(losses(folder)) >= 3
@@ -398,7 +401,7 @@ def test_log_is_cut_back_and_tensorboard_is_written(tmp_path):
 
 
 def test_training_task_learns(manifest, tmp_path):
-    config = small_config(tmp_path, max_steps=60, validate_every=60, save_every=60, optim={"lr": 0.03})
+    config = small_config(tmp_path, max_steps=100, validate_every=100, save_every=100, optim={"lr": 0.03})
     torch.set_num_threads(1)
     training_task.run(manifest, config)
     rows = [r for r in read_log(tmp_path / "train.jsonl") if "loss" in r]

@@ -31,7 +31,7 @@ class TinyModel(nn.Module):
     def forward(self, waves: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         frames = waves[:, : waves.shape[1] // 160 * 160].unflatten(1, (-1, 160))
         valid = torch.arange(frames.shape[1]) < (lengths // 160).unsqueeze(1)
-        hidden = self.dropout(torch.tanh(self.encoder(frames * 10))) * valid.unsqueeze(-1)
+        hidden = self.dropout(torch.relu(self.encoder(frames * 10))) * valid.unsqueeze(-1)
         return self.head(hidden.sum(1) / valid.sum(1, keepdim=True).clamp(min=1))
 
 

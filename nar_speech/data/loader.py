@@ -9,6 +9,7 @@ gradient accumulation sees, and a position in the stream means the same for ever
 from __future__ import annotations
 
 import itertools
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -303,10 +304,13 @@ def _loader(reader: _Reader, requests, config: DataConfig):
         batch_size=None,
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
-        worker_init_fn=_one_thread,
-        pin_memory=False,
+        worker_init_fn=_start_worker,
+        pin_memory=torch.cuda.is_available(),
     )
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
+    """One thread, and no death by a signal to the whole group: the training process stops and ends us."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

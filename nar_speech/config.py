@@ -148,8 +148,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a mapping, got {value!r}")
-        kind = (typing.get_args(hint) or (Any, Any))[1]
-        return {k: _convert(kind, v, f"{where}.{k}") for k, v in value.items()}
+        key, kind = typing.get_args(hint) or (Any, Any)
+        return {_key(key, k, where): _convert(kind, v, f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
@@ -162,6 +162,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return Path(value)
     name = getattr(hint, "__name__", str(hint))
     raise ConfigError(f"{where}: expected {name}, got {value!r}")
+
+
+def _key(hint: Any, key: Any, where: str) -> Any:
+    """The key of a mapping; ``to_dict`` writes numbers as text."""
+    if hint is not int or isinstance(key, int):
+        return key
+    try:
+        return int(key)
+    except ValueError as error:
+        raise ConfigError(f"{where}: expected whole numbers as keys, got {key!r}") from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -14,7 +14,9 @@ from nar_speech.model_folder import write_model_folder
 from nar_speech.models.ctc import CtcConfig, CtcModel
 from nar_speech.models.paraformer import ParaformerConfig, build_paraformer
 from nar_speech.models.paraformer_official import convert_config
-from nar_speech.text.tokenizer import CharTokenizer
+from nar_speech.models.sensevoice import SenseVoice
+from nar_speech.models.sensevoice import convert_config as convert_sensevoice
+from nar_speech.text.tokenizer import CharTokenizer, train_bpe
 from nar_speech.types import ModelCard
 
 PIECES = ["<blank>", "<s>", "</s>", "<unk>", "<space>", *string.ascii_lowercase]
@@ -101,10 +103,36 @@ def funasr_folder(folder: Path, seed: int = 0) -> Path:
     network = build_paraformer(convert_config(tree, 140, len(PIECES)))
     torch.save({"state_dict": network.state_dict()}, folder / "model.pt")
     (folder / "tokens.json").write_text(json.dumps(PIECES))
+    _write_mvn(folder)
+    return folder
+
+
+def sensevoice_folder(folder: Path, seed: int = 0) -> Path:
+    """A SenseVoice as FunASR lays it out; the vocabulary has letters and a few of its tags."""
+    folder.mkdir(parents=True)
+    encoder = {"output_size": 32, "attention_heads": 2, "linear_units": 48, "num_blocks": 2, "tp_blocks": 1}
+    tree = {
+        "model": "SenseVoiceSmall",
+        "model_conf": {"length_normalized_loss": True},
+        "encoder": "SenseVoiceEncoderSmall",
+        "encoder_conf": {**encoder, "input_layer": "pe", "kernel_size": 5},
+        "frontend": "WavFrontend",
+        "frontend_conf": {"fs": 16000, "window": "hamming", "n_mels": 20, "lfr_m": 7, "lfr_n": 6},
+        "tokenizer": "SentencepiecesTokenizer",
+    }
+    configs.write_yaml(tree, folder / "config.yaml")
+    tokenizer = train_bpe([" ".join(string.ascii_lowercase)], 32, folder / "tiny.bpe.model")
+    torch.manual_seed(seed)
+    network = SenseVoice(convert_sensevoice(tree, 140, tokenizer.vocab_size))
+    torch.save(network.state_dict(), folder / "model.pt")
+    _write_mvn(folder)
+    return folder
+
+
+def _write_mvn(folder: Path) -> None:
     values = " ".join(["0.1"] * 140)
     sections = [f"<{name}> 140 140\n<LearnRateCoef> 0 [ {values} ]\n" for name in ("AddShift", "Rescale")]
     (folder / "am.mvn").write_text(f"<Nnet>\n<Splice> 140 140\n[ 0 ]\n{''.join(sections)}</Nnet>\n")
-    return folder
 
 
 def wenet_folder(folder: Path, seed: int = 0) -> Path:

@@ -23,6 +23,7 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
     extra: dict[str, float] = field(default_factory=dict)
     maybe: int | None = None
+    table: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.lr <= 0:
@@ -39,7 +40,7 @@ def test_files_then_words(tmp_path):
 
 
 def test_round_trip(tmp_path):
-    want = Outer(lr=0.5, inner=Inner(names=("q",)), maybe=None)
+    want = Outer(lr=0.5, inner=Inner(names=("q",)), maybe=None, table={7: 8})
     config.write_yaml(want, tmp_path / "c.yaml")
     assert config.load(Outer, [tmp_path / "c.yaml"]) == want
 
@@ -47,7 +48,7 @@ def test_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lr: 1\nlrr: 2", "unknown key 'lrr'; valid keys: extra, inner, kind, lr, maybe"),
+        ("lr: 1\nlrr: 2", "unknown key 'lrr'; valid keys: extra, inner, kind, lr, maybe, table"),
         ("lr: 1\ninner: {widht: 2}", "inner: unknown key 'widht'"),
         ("kind: a", "key 'lr' is required"),
         ("lr: fast", "lr: expected float, got 'fast'"),
@@ -58,6 +59,7 @@ def test_round_trip(tmp_path):
         ("lr: 1\ninner: {pair: [1]}", "expected 2 values, got 1"),
         ("lr: 1\ninner: 3", "inner: expected a mapping"),
         ("lr: 1\nmaybe: x", "maybe: expected int"),
+        ("lr: 1\ntable: {x: 1}", "table: expected whole numbers as keys, got 'x'"),
         ("lr: -1", "lr must be positive"),
         ("- 1", "expected a mapping"),
         ("a: [1", "not valid YAML"),

@@ -19,10 +19,21 @@ from nar_speech import hub
 from nar_speech.config import read_yaml, write_yaml
 from nar_speech.errors import CheckpointError, ConfigError, HubError, NarSpeechError
 from nar_speech.model_folder import DecodingConfig, read_model_file
-from tests.model_folders import ctc_folder, funasr_folder, paraformer_folder, wenet_folder
+from tests.model_folders import (
+    ctc_folder,
+    funasr_folder,
+    paraformer_folder,
+    sensevoice_folder,
+    wenet_folder,
+)
 
 torch.set_num_threads(1)
-MAKERS = {"nar_speech": paraformer_folder, "funasr": funasr_folder, "wenet": wenet_folder}
+MAKERS = {
+    "nar_speech": paraformer_folder,
+    "funasr": funasr_folder,
+    "sensevoice": sensevoice_folder,
+    "wenet": wenet_folder,
+}
 
 
 def noise(seconds=1.0, seed=0):
@@ -47,7 +58,7 @@ def test_every_layout_is_detected_loaded_and_run(tmp_path, layout):
     assert transcript.duration == 1.0
 
 
-@pytest.mark.parametrize("layout", ["funasr", "wenet"])
+@pytest.mark.parametrize("layout", ["funasr", "sensevoice", "wenet"])
 def test_an_imported_model_gives_the_same_text(tmp_path, layout):
     official = MAKERS[layout](tmp_path / "official")
     ours = hub.import_model(official, tmp_path / "ours")
@@ -56,6 +67,7 @@ def test_an_imported_model_gives_the_same_text(tmp_path, layout):
     assert "model.safetensors" in sums
     before, after = (nar_speech.load_model(f, device="cpu")((noise(2), 16000)) for f in (official, ours))
     assert before.segments == after.segments
+    assert hub.load_parts(ours).network.config == hub.load_parts(official).network.config
     assert all(check.passed for check in hub.verify(ours))
 
 

@@ -23,10 +23,11 @@ from nar_speech.pipelines.recognize import tidy
 from nar_speech.pipelines.segment import Segmenter
 from nar_speech.search.parallel import best_sequences
 from nar_speech.types import Audio, Segment, Transcript, Word
-from tests.model_folders import ctc_folder, paraformer_folder
+from tests.model_folders import DECODER, ctc_folder, paraformer_folder, sensevoice_folder
 
 torch.set_num_threads(1)
 RATE = 16000
+HOTWORD_DECODER = {**DECODER, "att_layer_num": 6, "embed": False, "output_layer": False}
 
 
 def noise(seconds, seed=0):
@@ -387,6 +388,43 @@ def test_a_paraformer_without_ctc_head_says_so(tmp_path):
         model(noise(1.0), decoder="ctc_beam")
     with pytest.raises(ConfigError, match="no CTC head and no hotword decoder"):
         model(noise(1.0), hotwords=("hello",))
+
+
+def test_sensevoice_prompts_and_tags(tmp_path):
+    model = nar_speech.load_model(sensevoice_folder(tmp_path / "m"), device="cpu")
+    wave = noise(2.0)
+    plain = model(wave)
+    assert plain.tags == ()  # this small vocabulary has none
+    pieces = model.recognizer.tokenizer._pieces
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.recognizer.tokenizer, "_pieces", [f"<|{p}|>" for p in ["yue"] * len(pieces)])
+        tagged = model(wave)
+    assert (tagged.tags, tagged.language) == (("yue",), "yue")
+    assert plain.words[-1].end <= 2.0
+    assert model(wave, language="zh", textnorm="withitn").segments != plain.segments
+    assert model(wave, language="auto", textnorm="woitn") == plain
+    with pytest.raises(ConfigError, match="language: 'de' is not one of this model's: auto, zh"):
+        model(wave, language="de")
+    assert model(wave, decoder="ctc_beam", nbest=2).segments[0].nbest
+
+
+@pytest.mark.parametrize("variant", ["bicif", "contextual", "seaco"])
+def test_paraformer_variants(tmp_path, variant):
+    conf = {"hotword_conf": {"inner_dim": 32, "no_bias": 30, "decoder": HOTWORD_DECODER}, "ctc_weight": 0.0}
+    if variant != "contextual":
+        conf["predictor"] = "v3"
+    model = nar_speech.load_model(paraformer_folder(tmp_path / "m", variant=variant, **conf), device="cpu")
+    waves = [noise(2.0), noise(0.7, 1)]
+    together, single = model(waves), [model(wave) for wave in waves]
+    assert [t.text for t in together] == [t.text for t in single]
+    times = [t for word in together[0].words for t in (word.start, word.end)]
+    assert times == sorted(times)
+    assert times[-1] <= 2.0
+    if variant == "bicif":
+        with pytest.raises(ConfigError, match="no CTC head and no hotword decoder"):
+            model(waves[0], hotwords=("hello",))
+    else:
+        assert model(waves[0], hotwords=("hello", "world")).duration == 2.0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

@@ -30,6 +30,7 @@ from nar_speech.search.ctc import (
 )
 from nar_speech.search.parallel import best_sequences
 from nar_speech.search.rescore import attention_rescore
+from nar_speech.text.postprocess import split_tags
 from nar_speech.text.timestamps import token_times
 from nar_speech.text.tokenizer import Tokenizer
 from nar_speech.types import Hypothesis
@@ -358,7 +359,7 @@ class Recognizer:
     def _tags(self, log_probs: Tensor) -> list[tuple[str, ...]]:
         """SenseVoice's answers in its prompt frames: language, emotion, event, text normalisation."""
         rows = log_probs.argmax(-1).tolist()
-        return [tuple(piece.strip("<|>") for piece in self.tokenizer.pieces(row)) for row in rows]
+        return [tuple(tag for p in self.tokenizer.pieces(row) for tag in split_tags(p)[1]) for row in rows]
 
     def _search(
         self,

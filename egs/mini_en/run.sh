@@ -167,7 +167,7 @@ heads() {
   train heads "$heads_minutes" "$work/whisper_tiny_en.safetensors" "$here/conf/train.yaml" "$here/conf/heads.yaml"
 }
 joint() {
-  train joint "$train_minutes" "$work/exp/heads/model/model.safetensors" "$here/conf/train.yaml"
+  train joint "$train_minutes" "$work/exp/heads/model/model.safetensors" "$here/conf/train.yaml" "$here/conf/joint.yaml"
 }
 
 export_model() { py export --run "$work/exp/joint" --name "$name" --out "$work/model"; }

@@ -5,6 +5,7 @@ python results.py --work work --out RESULTS.md [--embed nar_speech/assets/mini_e
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -104,20 +105,20 @@ def phase(folder: Path) -> list[str]:
             if kind in row:
                 dev = row[kind]
                 step = row["step"] if kind == "dev" else f"{row['step']} {kind}"
-                lines.append(
-                    f"| {step} | {dev['loss']:.2f} | {100 * dev['wer']:.1f} % | {100 * dev['ctc_wer']:.1f} % |"
-                )
+                rates = " | ".join(f"{dev[key]:.1%}" for key in ("wer", "ctc_wer"))
+                lines.append(f"| {step} | {dev['loss']:.2f} | {rates} |")
     return [*lines, ""]
 
 
 def report(args: argparse.Namespace) -> str:
     today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    commit = command("git", "rev-parse", "--short", "HEAD")
     parts = [
         "# mini_en: results",
         "",
-        f"Made by `bash egs/mini_en/run.sh` on {today}, commit {command('git', 'rev-parse', '--short', 'HEAD')}, "
-        f"on {processor()} ({torch.get_num_threads()} threads visible), PyTorch {torch.__version__}, "
-        f"Python {platform.python_version()}. Numbers vary from run to run: the training budget is wall time.",
+        f"Made by `bash egs/mini_en/run.sh` on {today}, commit {commit}, on {os.cpu_count()} threads of "
+        f"{processor()}, PyTorch {torch.__version__}, Python {platform.python_version()}. Numbers vary from "
+        "run to run: the training budget is wall time.",
         "",
         "## Word error rates",
         "",

@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,7 +159,10 @@ def _describe_transcribe(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--format", default="txt", choices=FORMATS, help="(default: %(default)s)")
     output.add_argument(
-        "-o", "--output", metavar="PATH", help="a file; or a folder (exists or ends with /): a file per input"
+        "-o",
+        "--output",
+        metavar="PATH",
+        help="a file; or a folder (exists or ends with /): one file per input",
     )
     output.add_argument(
         "--resume", action="store_true", help="skip inputs whose file is in the output folder"
@@ -180,10 +184,11 @@ def transcribe(options: argparse.Namespace) -> int:
     """
     from nar_speech.pipelines.transcribe import BATCH_SECONDS
 
-    sources, several, failed = _expand(options.inputs, options.recursive)
+    names, several, failed = _expand(options.inputs, options.recursive)
+    sources = list(names)
     folder = options.output is not None and (options.output.endswith(os.sep) or Path(options.output).is_dir())
     _check_output(options, len(sources), several, folder)
-    targets = _targets(sources, Path(options.output), options.format) if folder else {}
+    targets = _targets(names, Path(options.output), options.format) if folder else {}
     if folder and options.resume:
         sources = [source for source in sources if not targets[source].exists()]
     done = len(targets) - len(sources) if folder else 0
@@ -213,23 +218,25 @@ def transcribe(options: argparse.Namespace) -> int:
     return SOME_FAILED if done else FAILED
 
 
-def _expand(inputs: Sequence[str], recursive: bool) -> tuple[list[str], bool, int]:
-    """Files of all inputs, whether they are several, and how many inputs were no use."""
+def _expand(inputs: Sequence[str], recursive: bool) -> tuple[dict[str, Path], bool, int]:
+    """Files of all inputs and their names in an output folder; whether they are several; how many failed."""
     from nar_speech.pipelines.transcribe import list_audio
 
-    sources: list[str] = []
+    sources: dict[str, Path] = {}
     failed, folders = 0, False
     for item in inputs:
         if item != "-" and Path(item).is_dir():
             folders = True
             try:
-                sources += map(str, list_audio(item, recursive))
+                found = list_audio(item, recursive)
             except InputError as error:
                 complain(str(error))
                 failed += 1
+                continue
+            for path in found:
+                sources.setdefault(str(path), path.relative_to(item))
         else:
-            sources.append(item)
-    sources = list(dict.fromkeys(sources))
+            sources.setdefault(item, Path("stdin" if item == "-" else Path(item).name))
     return sources, folders or len(inputs) > 1, failed
 
 
@@ -253,17 +260,18 @@ def _check_output(options: argparse.Namespace, count: int, several: bool, folder
         raise ConfigError("--plot: draws one file; give a single input that is a file")
 
 
-def _targets(sources: Sequence[str], folder: Path, suffix: str) -> dict[str, Path]:
+def _targets(names: Mapping[str, Path], folder: Path, suffix: str) -> dict[str, Path]:
     """The output file of every input: its name with another suffix, or one more where two would clash."""
-    names = {source: "stdin" if source == "-" else Path(source).stem for source in sources}
-    taken = list(names.values())
-    for source, name in names.items():
-        if taken.count(name) > 1:
-            names[source] = Path(source).name
-    clash = next((s for s, name in names.items() if list(names.values()).count(name) > 1), None)
+    plain = Counter(name.with_suffix("") for name in names.values())
+    targets = {
+        source: folder / (name.with_suffix("") if plain[name.with_suffix("")] == 1 else name)
+        for source, name in names.items()
+    }
+    count = Counter(targets.values())
+    clash = next((source for source, target in targets.items() if count[target] > 1), None)
     if clash is not None:
         raise ConfigError(f"{clash}: another input has the same file name; write them to different folders")
-    return {source: folder / f"{name}.{suffix}" for source, name in names.items()}
+    return {source: target.with_name(f"{target.name}.{suffix}") for source, target in targets.items()}
 
 
 def _rendered(transcript: Any, options: argparse.Namespace, named: bool) -> str:
@@ -283,7 +291,6 @@ def _sink(output: str | None, folder: bool):
     """A function that writes a text to its own file (folder), to the one file ``output``, or to stdout."""
     try:
         if folder:
-            Path(output).mkdir(parents=True, exist_ok=True)
             yield _write_whole
         elif output is not None:
             with open(output, "w", encoding="utf-8", errors="surrogateescape") as file:
@@ -300,6 +307,7 @@ def _sink(output: str | None, folder: bool):
 
 def _write_whole(path: Path, text: str) -> None:
     """Write under a temporary name first, so that an interrupted run leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.part")
     draft.write_text(text, encoding="utf-8", errors="surrogateescape")
     draft.replace(path)

@@ -121,6 +121,15 @@ def test_output_file_and_folder(run, audio, texts, tmp_path):
     assert (tmp_path / "out" / "a.txt").read_text() == texts["a.wav"] + "\n"
 
 
+def test_output_folders_mirror_input_folders(run, audio, tmp_path):
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in" / "c.wav", noise(0.3), RATE)
+    code, _, err = run("transcribe", audio, tmp_path / "in", "--recursive", "-o", f"{tmp_path}/out/")
+    assert (code, err) == (0, "")
+    made = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.txt"))
+    assert made == ["a.txt", "b.txt", "c.txt", "sub/c.txt"]
+
+
 def test_resume_skips_what_is_there(run, audio, texts, tmp_path):
     (tmp_path / "a.txt").write_text("kept")
     assert run("transcribe", audio, "-o", tmp_path, "--resume") == (0, "", "")

@@ -279,6 +279,30 @@ def test_files_of_a_mirrored_repository(local, tmp_path):
         local.common.Repository(f"file://{tmp_path}/server", "owner/absent", tmp_path / "cache")
 
 
+def test_sources_from_their_own_repositories(local, tmp_path):
+    wave = np.random.default_rng(0).standard_normal(16000).astype(np.float32) * 0.1
+    files = {
+        "Jakobovski+free-spoken-digit-dataset": ["recordings/7_theo_4.wav", "recordings/7_theo_5.wav"],
+        "jimbozhang+speechocean762": ["WAVE/SPEAKER0001/000010011.WAV", "WAVE/SPEAKER6067/060670011.WAV"],
+    }
+    for name, paths in files.items():
+        repo = tmp_path / "none" / name / "repo"
+        for path in paths:
+            (repo / path).parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(repo / path, wave, 16000)
+        for part, text in (("train", "000010011\tWE CALL IT BEAR\n"), ("test", "060670011\tNO\n")):
+            (repo / part).mkdir()
+            (repo / part / "text").write_text(text)
+        git("init", "-q", ".", cwd=repo)
+        git("add", ".", cwd=repo)
+        git("commit", "-q", "-m", "Add files", cwd=repo)
+    wanted = options(tmp_path, shared_data=None)
+    (digit,) = local.prepare_real.prepare_source("fsdd", wanted)
+    assert (digit["text"], digit["speaker"], digit["name"]) == ("seven", "fsdd-theo", "7_theo_5")
+    (clip,) = local.prepare_real.prepare_source("speechocean762", wanted)
+    assert (clip["text"], clip["speaker"], clip["duration"]) == ("we call it bear", "so762-0001", 1.0)
+
+
 def shared_source(folder: Path, rows: list[dict]) -> None:
     (folder / "audio").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -412,12 +436,25 @@ def test_pools_of_the_evaluation_sets(local, tmp_path, capsys):
     for name, count in (("vctk", 2), ("jfk", 1), ("fsdd_test", 3)):
         rows = [{"path": f"{name}/{n}.flac", "text": "a"} for n in range(count)]
         local.common.write_jsonl(tmp_path / f"{name}.jsonl", rows)
-    for _ in range(2):  # the pools of the first call are not sets of the second
-        names = [path.stem for path in local.score.manifests(tmp_path)]
-        assert names == ["fsdd_test", "jfk", "vctk", "fluent", "all"]
-    assert len(local.common.read_jsonl(tmp_path / "fluent.jsonl")) == 3
+    for _ in range(2):  # what the first call wrote is not a set of the second
+        pools = local.score.pools(tmp_path)
+        assert list(pools) == ["fsdd_test", "jfk", "vctk", "fluent", "all"]
+    assert pools["fluent"] == ("vctk", "jfk")
+    assert pools["all"] == ("fsdd_test", "jfk", "vctk")
     assert len(local.common.read_jsonl(tmp_path / "all.jsonl")) == 6
     assert "librispeech_other" in capsys.readouterr().err
+
+
+def test_scores_of_a_part(local):
+    from nar_speech.metrics import char_error_rate, word_error_rate
+    from nar_speech.pipelines.evaluate import Evaluation, Item
+
+    pairs = [("vctk", "a b", "a b"), ("jfk", "a b", "a c"), ("fsdd_test", "a b", "")]
+    items = tuple(Item(f"eval/{name}/x.flac", said, heard, heard) for name, said, heard in pairs)
+    said, heard = [item.reference for item in items], [item.hypothesis for item in items]
+    found = Evaluation(word_error_rate(said, heard), char_error_rate(said, heard), items, (), 3.0, 1.0)
+    rates = [local.score.part(found, members).words.rate for members in (("vctk",), ("vctk", "jfk"))]
+    assert rates == [0.0, 0.25]
 
 
 def test_results_tables(local, tmp_path):

@@ -2,8 +2,9 @@
 
     python find_prose.py --work work [--shared-data DIR] [--github https://github.com]
 
-LJSpeech's normalised transcripts (public domain): from the shared folder, or from a repository that has its
-metadata. Without either only this recipe's own templates are spoken, which is said loudly.
+LJSpeech's transcripts (public domain): from the shared folder, or from a repository that lists them
+(make_text.py leaves out those with figures). Without either only our own templates are spoken, which is
+said loudly.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from common import Repository, notice
 
-METADATA = ("PhilippMatthes/dc_tts", "LJSpeech-1.1/metadata.csv")
+FILELIST = ("NVIDIA/tacotron2", "filelists/ljs_audio_text_train_filelist.txt")
 
 
 def find(args: argparse.Namespace) -> bytes | None:
@@ -19,7 +20,7 @@ def find(args: argparse.Namespace) -> bytes | None:
     if shared and shared.exists():
         return shared.read_bytes()
     try:
-        return Repository(args.github, METADATA[0], args.work / "clones").read(METADATA[1])
+        return Repository(args.github, FILELIST[0], args.work / "clones").read(FILELIST[1])
     except FileNotFoundError as error:
         notice(f"no prose to speak, templates only: {error}")
         return None

@@ -3,7 +3,7 @@
     python make_cuts.py --work work [--repeat librispeech251=3] [--limit synthetic_flite=3]
 
 Writes work/cuts/{train,dev,noise}.jsonl.gz, work/cuts/table.jsonl (hours by source) and work/bpe.model.
-Development: all of ljspeech32, some speakers of librispeech251 and speechocean762, some coffee orders. These
+Development: all of ljspeech32, some speakers of librispeech251 and speechocean762, some coffee orders and prompts. These
 speakers are not trained on, and their sentences are taken out of the synthetic speech.
 """
 
@@ -25,7 +25,7 @@ def is_dev(row: dict) -> bool:
         return True
     if row["source"] in ("librispeech251", "speechocean762"):
         return share(f"dev {row['speaker']}") < 0.05
-    return row["source"] == "coffee_commands" and share(f"dev {row['name']}") < 0.05
+    return row["source"] in ("coffee_commands", "asterisk") and share(f"dev {row['name']}") < 0.05
 
 
 def split(real: list[dict]) -> tuple[list[dict], list[dict]]:

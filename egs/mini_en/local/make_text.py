@@ -18,12 +18,12 @@ from words import expand_titles, pieces, plain, to_words
 
 
 def read_prose(path: Path) -> list[tuple[str, str]]:
-    """(id, sentence) of a file with `id<TAB>sentence` lines, or LJSpeech's `id|raw|normalised`."""
+    """(id, sentence) of lines `id<TAB>sentence`, `id|raw|normalised` or `folder/id.wav|sentence`."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         cut = line.split("\t") if "\t" in line else line.split("|")
         if len(cut) >= 2 and cut[-1].strip():
-            rows.append((cut[0], cut[-1].strip()))
+            rows.append((Path(cut[0]).stem, cut[-1].strip()))
     return rows
 
 

@@ -60,9 +60,9 @@ def from_github(source: str, repo: Repository) -> Iterator[dict]:
             for line in repo.read(f"{part}/text").decode().splitlines():
                 name, text = line.split(None, 1)
                 texts[name] = text
-        paths = [name for name in repo.names("WAVE") if name.lower().endswith(".wav")]
+        paths = repo.names("WAVE")
     elif source == "dctts_reader":
-        for line in repo.read("LJSpeech-1.1/metadata.csv").decode().splitlines():
+        for line in repo.read("LJSpeech-1.1/transcript.csv").decode().splitlines():
             texts[line.split("|")[0]] = line.split("|")[-1]
         paths = repo.names("LJSpeech-1.1/wavs")
     elif source == "ljspeech32":
@@ -70,15 +70,14 @@ def from_github(source: str, repo: Repository) -> Iterator[dict]:
             texts[line.split("|")[0]] = line.split("|")[-1]
         paths = repo.names("tests/data/ljspeech/wavs")
     else:
-        paths = [name for name in repo.names("recordings") if name.endswith(".wav")]
+        paths = repo.names("recordings")
         digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
         texts = {Path(path).stem: digits[int(Path(path).stem[0])] for path in paths}
     for path in paths:
         name = Path(path).stem
-        if name in texts:
-            speaker = {"speechocean762": f"so762-{name[1:5]}", "fsdd": name.rsplit("_", 1)[0][2:]}.get(
-                source, source
-            )
+        if name in texts and path.lower().endswith(".wav"):
+            numbered = {"speechocean762": f"so762-{name[1:5]}", "fsdd": f"fsdd-{name[2:].split('_')[0]}"}
+            speaker = numbered.get(source, source)
             yield {"name": name, "text": texts[name], "speaker": speaker, "audio": path}
 
 

@@ -2,35 +2,50 @@
 
     python score.py --work work --model work/model [--dtype float32]
 
-Runs `nar-speech evaluate` and writes work/scores/<set>.<decoder>.json and .txt (each utterance, its errors).
-Besides the sets: fluent (librispeech_other, vctk, jfk) and all.
+Recognises work/eval/all.jsonl once with each decoder, as `nar-speech evaluate` does, and writes for each set
+work/scores/<set>.<decoder>.json and .txt (every utterance with its errors). Besides the sets: fluent
+(librispeech_other, vctk, jfk) and all.
 """
 
 import argparse
 import json
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from common import notice, read_jsonl, write_jsonl
+
+from nar_speech.hub import load_model
+from nar_speech.metrics import char_error_rate, word_error_rate
+from nar_speech.pipelines.evaluate import Evaluation, evaluate, report_lines
 
 DECODERS = ("ctc_greedy", "ctc_beam", "paraformer")
 POOLS = {"fluent": ("librispeech_other", "vctk", "jfk"), "all": ()}
 
 
-def manifests(folder: Path) -> list[Path]:
-    """The sets that are there and the pooled ones, which are written beside them."""
-    single = sorted(path for path in folder.glob("*.jsonl") if path.stem not in POOLS)
-    pools = []
+def pools(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Set or pool -> the sets in it; writes `folder`/all.jsonl."""
+    single = sorted(path.stem for path in folder.glob("*.jsonl") if path.stem not in POOLS)
+    if not single:
+        raise SystemExit(f"{folder}: no evaluation set; run stage 0 first")
+    write_jsonl(
+        folder / "all.jsonl", (row for name in single for row in read_jsonl(folder / f"{name}.jsonl"))
+    )
+    out = {name: (name,) for name in single}
     for name, members in POOLS.items():
-        parts = [path for path in single if not members or path.stem in members]
-        lacking = set(members) - {path.stem for path in parts}
+        lacking = [member for member in members if member not in single]
         if lacking:
-            notice(f"pool {name} is without {', '.join(sorted(lacking))}")
-        if parts:
-            pools.append(folder / f"{name}.jsonl")
-            write_jsonl(pools[-1], (row for path in parts for row in read_jsonl(path)))
-    return single + pools
+            notice(f"pool {name} is without {', '.join(lacking)}")
+        out[name] = tuple(member for member in members or single if member in single)
+    return {name: members for name, members in out.items() if members}
+
+
+def part(found: Evaluation, members: tuple[str, ...]) -> Evaluation:
+    """The utterances of some sets (a set is the folder that a clip lies in)."""
+    items = tuple(item for item in found.items if Path(item.path).parent.name in members)
+    references, hypotheses = [item.reference for item in items], [item.hypothesis for item in items]
+    words, characters = (rate(references, hypotheses) for rate in (word_error_rate, char_error_rate))
+    return replace(found, words=words, characters=characters, items=items)
 
 
 def main() -> None:
@@ -40,33 +55,26 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     folder = args.work / "scores"
     folder.mkdir(parents=True, exist_ok=True)
-    sets = manifests(args.work / "eval")
-    if not sets:
-        raise SystemExit(f"{args.work / 'eval'}: no evaluation set; run stage 0 first")
-    for manifest in sets:
-        for decoder in DECODERS:
-            name = f"{manifest.stem}.{decoder}"
-            command = [sys.executable, "-m", "nar_speech", "evaluate", str(manifest), "--json"]
-            command += ["--model", str(args.model.resolve()), "--decoder", decoder, "--dtype", args.dtype]
-            command += [
-                "--device",
-                "cpu",
-                "--threads",
-                str(args.threads),
-                "--report",
-                str(folder / f"{name}.txt"),
-            ]
-            run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if run.returncode:
-                raise SystemExit(f"{' '.join(command)}: exit code {run.returncode}")
-            scores = json.loads(run.stdout)
-            (folder / f"{name}.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-            print(
-                f"{name:36s} WER {100 * scores['wer']['rate']:6.2f} %  RTF {scores['real_time_factor']:.4f}",
-                flush=True,
-            )
+    sets = pools(args.work / "eval")
+    for decoder in DECODERS:
+        model = load_model(str(args.model.resolve()), "cpu", args.dtype, decoder=decoder)
+        found = evaluate(model, args.work / "eval" / "all.jsonl")
+        if found.problems:
+            raise SystemExit("\n".join(found.problems))
+        print(
+            f"{decoder}: {found.seconds / found.audio_seconds:.4f} s of computing per second of audio",
+            flush=True,
+        )
+        for name, members in sets.items():
+            scores = part(found, members)
+            keep = {key: value for key, value in scores.to_dict().items() if "seconds" not in key}
+            path = folder / f"{name}.{decoder}.json"
+            path.write_text(json.dumps(keep, indent=1) + "\n", encoding="utf-8")
+            path.with_suffix(".txt").write_text("\n".join(report_lines(scores)) + "\n", encoding="utf-8")
+            print(f"  {name:18s} {scores.words}", flush=True)
 
 
 if __name__ == "__main__":

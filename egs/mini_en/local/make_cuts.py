@@ -3,8 +3,8 @@
     python make_cuts.py --work work [--repeat librispeech251=3] [--limit synthetic_flite=3]
 
 Writes work/cuts/{train,dev,noise}.jsonl.gz, work/cuts/table.jsonl (hours by source) and work/bpe.model.
-Development: ljspeech32, some speakers of librispeech251 and speechocean762, some coffee orders and prompts. These
-speakers are not trained on, and their sentences are taken out of the synthetic speech.
+Development: ljspeech32, some speakers of librispeech251 and speechocean762, coffee orders and prompts. None
+of them is trained on, and their sentences are taken out of the synthetic speech.
 """
 
 import argparse

@@ -144,7 +144,7 @@ def test_scripts_refuse_bad_options_with_exit_code_2(corpus, script, words, mess
 def test_help_lists_every_option(corpus, script):
     run = bash(f"egs/{corpus}/{script}", "--help")
     assert run.returncode == 0
-    text = (ROOT / f"egs/{corpus}/{script}").read_text()
+    text = (ROOT / f"egs/common/{script}").read_text()
     accepted = text.split("case $1 in")[1].split("*)")[0].split("-h | --help")[1]
     options = {word for word in accepted.replace("|", " ").replace(")", " ").split() if word.startswith("--")}
     assert len(options) > 5

@@ -526,12 +526,14 @@ def test_a_failing_part_leaves_no_marker(tmp_path):
     assert list((tmp_path / "done").iterdir()) == []
 
 
-@pytest.mark.parametrize("phase", ["heads", "joint"])
-def test_training_settings_are_valid(phase):
+@pytest.mark.parametrize(
+    ("phase", "frozen"), [("heads", ["encoder."]), ("joint", []), ("decoder", ["encoder.", "ctc."])]
+)
+def test_training_settings_are_valid(phase, frozen):
     from nar_speech import config as configs
     from recipes.paraformer import Recipe
 
     files = [RECIPE.parents[1] / "configs" / "paraformer" / "mini_en.yaml"]
     files += [RECIPE / "conf" / "train.yaml", RECIPE / "conf" / f"{phase}.yaml"]
     recipe = configs.load(Recipe, files, ["train.output_dir=x", "train.max_minutes=1"])
-    assert recipe.train.optim.freeze == (["encoder."] if phase == "heads" else [])
+    assert recipe.train.optim.freeze == frozen

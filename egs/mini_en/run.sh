@@ -18,6 +18,7 @@ hours_kokoro=2
 vocab_size=500
 heads_minutes=4
 train_minutes=85
+decoder_minutes=20
 processes=2
 filter_model=""
 filter_score=-2.5
@@ -49,6 +50,7 @@ A stage that is finished is skipped; remove its marker in WORK/done to run it ag
   --vocab-size N     word pieces (default $vocab_size)
   --heads-minutes M  wall time of the first phase, in which the encoder is frozen (default $heads_minutes)
   --train-minutes M  wall time of the second phase, in which everything is trained (default $train_minutes)
+  --decoder-minutes M  of the third phase, in which only predictor and decoder are (default $decoder_minutes)
   --processes N      training processes of one thread each (default $processes)
   --filter-model DIR model folder of an earlier run; stage 2 drops the speechocean762 clips whose transcript
                      it finds unlikely (default: none dropped)
@@ -72,7 +74,7 @@ while [ $# -gt 0 ]; do
     --embed) embed=true && shift && continue ;;
     --) shift && extra=("$@") && break ;;
     --stage | --stop-stage | --work | --python | --shared-data | --github | --jobs | --hours-piper | --hours-flite | \
-      --hours-kokoro | --vocab-size | --heads-minutes | --train-minutes | --processes | --filter-model | --filter-score | --name | --seed) ;;
+      --hours-kokoro | --vocab-size | --heads-minutes | --train-minutes | --decoder-minutes | --processes | --filter-model | --filter-score | --name | --seed) ;;
     *) fail "unknown option $option; --help lists them" ;;
   esac
   [ $# -ge 2 ] || fail "$option needs a value"
@@ -83,7 +85,7 @@ done
 for number in stage stop_stage jobs processes vocab_size seed; do
   [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number//_/-} must be a whole number, got '${!number}'"
 done
-for number in hours_piper hours_flite hours_kokoro heads_minutes train_minutes; do
+for number in hours_piper hours_flite hours_kokoro heads_minutes train_minutes decoder_minutes; do
   [[ ${!number} =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--${number//_/-} must be a number, got '${!number}'"
 done
 if [ -n "$shared_data" ] && [ ! -d "$shared_data" ]; then fail "--shared-data: no folder $shared_data"; fi
@@ -170,7 +172,16 @@ joint() {
   train joint "$train_minutes" "$work/exp/heads/model/model.safetensors" "$here/conf/train.yaml" "$here/conf/joint.yaml"
 }
 
-export_model() { py export --run "$work/exp/joint" --name "$name" --out "$work/model"; }
+decoder() {
+  train decoder "$decoder_minutes" "$work/exp/joint/model/model.safetensors" \
+    "$here/conf/train.yaml" "$here/conf/decoder.yaml"
+}
+
+export_model() {
+  local run="$work/exp/decoder"
+  [ -e "$run/model/model.yaml" ] || run="$work/exp/joint"
+  py export --run "$run" --name "$name" --out "$work/model"
+}
 scores() { py score --work "$work" --model "$work/model"; }
 results() {
   local flags=()
@@ -189,6 +200,7 @@ part 2 whisper whisper
 part 2 manifests manifests
 part 3 heads heads
 part 3 joint joint
+part 3 decoder decoder
 part 4 export export_model
 part 5 scores scores
 # Always made anew: it only reads what the other stages wrote.

@@ -134,7 +134,7 @@ def report(args: argparse.Namespace) -> str:
         "",
         "## Training",
         "",
-        *(line for name in ("heads", "joint") for line in phase(args.work / "exp" / name)),
+        *(line for name in ("heads", "joint", "decoder") for line in phase(args.work / "exp" / name)),
     ]
     return "\n".join(parts).rstrip() + "\n"
 

@@ -13,13 +13,19 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import soundfile
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nar_speech.features import FrontendConfig, build_frontend
+from nar_speech.layers.sanm import SANMDecoderConfig
+from nar_speech.models.paraformer import ParaformerConfig, build_paraformer
+from nar_speech.text.tokenizer import train_bpe
+
 RECIPE = Path(__file__).parent.parent / "egs" / "mini_en"
 MODULES = (
-    "asterisk common export make_cuts make_text prepare_eval prepare_real reserved results score synthesize "
-    "templates voices words"
+    "asterisk common export filter_speechocean make_cuts make_text prepare_eval prepare_real reserved results "
+    "score synthesize templates voices words"
 )
 
 
@@ -412,6 +418,36 @@ def test_unlikely_transcripts_are_dropped(local, tmp_path):
     local.common.write_jsonl(scores, [{"name": "a", "score": -3.0}, {"name": "b", "score": -1.0}])
     assert local.make_cuts.likely(rows, scores, None) == rows
     assert local.make_cuts.likely(rows, scores, -2.0) == rows[1:]
+
+
+@torch.no_grad()
+def test_scores_of_transcripts(local, tmp_path):
+    tokenizer = train_bpe(["ab ba a b"], 9, tmp_path / "bpe.model")
+    config = ParaformerConfig(
+        input_size=80,
+        vocab_size=tokenizer.vocab_size,
+        encoder="whisper",
+        encoder_conf={"output_size": 32, "attention_heads": 2, "linear_units": 32, "num_blocks": 1},
+        decoder_conf=SANMDecoderConfig(attention_heads=2, linear_units=32, num_blocks=1, att_layer_num=1),
+        ctc_weight=0.3,
+    )
+    network = build_paraformer(config).eval()
+    network.ctc.ctc_lo.bias[tokenizer.encode("a")[-1]] += 5.0
+    model = Namespace(
+        network=network, tokenizer=tokenizer, frontend=build_frontend(FrontendConfig(kind="log_mel"))
+    )
+    rows = []
+    for name, text, seconds in (("x", "a", 0.5), ("y", "b", 0.9)):
+        local.common.write_flac(tmp_path / f"{name}.flac", np.zeros(int(16000 * seconds), np.float32))
+        rows.append({"path": f"{name}.flac", "text": text})
+    found = local.filter_speechocean.scores(model, rows, tmp_path)
+    alone = [local.filter_speechocean.scores(model, [row], tmp_path)[0] for row in rows]
+    assert found == pytest.approx(alone, abs=1e-3)
+    likely, unlikely = (
+        local.filter_speechocean.scores(model, [{"path": "x.flac", "text": text}], tmp_path)[0]
+        for text in ("a", "b")
+    )
+    assert likely > unlikely + 2
 
 
 # ---- export, scores, results -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from common import notice, read_16k, read_jsonl, write_jsonl
 from torch.nn.utils.rnn import pad_sequence
 
-from nar_speech.hub import load_model
+from nar_speech.hub import LoadedModel, load_parts, resolve
 from nar_speech.losses.ctc import ctc_loss
 from nar_speech.models.paraformer import BLANK
 
@@ -22,7 +22,7 @@ BATCH = 16
 
 
 @torch.no_grad()
-def scores(model, rows: list[dict], folder: Path) -> list[float]:
+def scores(model: LoadedModel, rows: list[dict], folder: Path) -> list[float]:
     """Log probability per token of each row's transcript."""
     waves = [torch.from_numpy(read_16k(folder / row["path"])) for row in rows]
     tokens = [torch.tensor(model.tokenizer.encode(row["text"])) for row in rows]
@@ -44,7 +44,7 @@ def main() -> None:
     if not manifest.exists():
         notice("speechocean762 isn't here, so there is nothing to filter")
         return
-    model = load_model(args.model)
+    model = load_parts(resolve(args.model))
     rows = sorted(read_jsonl(manifest), key=lambda row: row["duration"])
     out = []
     for start in range(0, len(rows), BATCH):

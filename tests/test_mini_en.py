@@ -24,8 +24,8 @@ from nar_speech.text.tokenizer import train_bpe
 
 RECIPE = Path(__file__).parent.parent / "egs" / "mini_en"
 MODULES = (
-    "asterisk common export filter_speechocean make_cuts make_text prepare_eval prepare_real reserved results "
-    "score synthesize templates voices words"
+    "asterisk common export filter_speechocean make_cuts make_text prepare_eval prepare_real reserved "
+    "results score synthesize templates voices words"
 )
 
 

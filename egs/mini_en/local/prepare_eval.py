@@ -83,9 +83,11 @@ def librispeech_other(args: argparse.Namespace) -> Iterator[Clip]:
     repo = Repository(args.github, "resemble-ai/Resemblyzer", args.work / "clones")
     for path in repo.names("audio_data/librispeech_test-other"):
         name = Path(path).stem
+        if not path.endswith(".flac"):
+            continue
         if name not in texts:
             notice(f"librispeech_other: no reference for {name}")
-        elif path.endswith(".flac"):
+        else:
             yield name, texts[name], read_16k(repo.read(path))
 
 

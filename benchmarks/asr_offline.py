@@ -378,7 +378,7 @@ def run(args: argparse.Namespace, folder: Path) -> list[Row]:
             for seconds, batch in inputs:
                 rows += measure(systems, stage, seconds, batch, threads, args.repeats)
     print(f"{machine()}; {args.size} model, random weights, medians of {args.repeats} in turns\n")
-    print(table(rows))
+    print(table(rows), flush=True)
     if not args.no_memory:
         longest = max(args.seconds)
         print(f"\nPeak resident memory of a process that loads the model and transcribes {longest:g} s:\n")

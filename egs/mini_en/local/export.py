@@ -17,7 +17,7 @@ import torch
 from common import notice
 
 from nar_speech import config as configs
-from nar_speech.checkpoint import read_weights, save_safetensors
+from nar_speech.checkpoint import read_weights
 from nar_speech.model_folder import WEIGHTS_FILE, write_model_folder
 from nar_speech.models.paraformer import ParaformerConfig, build_paraformer
 from nar_speech.text.tokenizer import BpeTokenizer
@@ -97,13 +97,12 @@ def main() -> None:
     licence = "Apache-2.0 (code); weights: see source"
     card = replace(recipe.card, name=args.name, description=DESCRIPTION, source=SOURCE, licence=licence)
     decoding = {"decoder": args.decoder or best_decoder(args.run)}
-    folder = write_model_folder(args.out, model, card, recipe.frontend, network, tokenizer, decoding)
     dtype = getattr(torch, args.dtype)
     half = {
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in model.state_dict().items()
     }
-    save_safetensors(folder / WEIGHTS_FILE, half, {"format": "pt"})
+    folder = write_model_folder(args.out, half, card, recipe.frontend, network, tokenizer, decoding)
     size = sum(path.stat().st_size for path in folder.iterdir())
     if size > LIMIT:
         raise SystemExit(

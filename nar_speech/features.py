@@ -23,6 +23,7 @@ from nar_speech.errors import ConfigError, InputError
 PREEMPHASIS = 0.97
 INT16_SCALE = 32768.0  # Kaldi works on 16-bit integers
 CPU_BLOCK_FRAMES = 2048  # frames whose spectra are made at once on a CPU: they stay in its cache
+WINDOWS = ("povey", "hamming", "hann", "blackman", "rectangular")
 LOG_FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor before the logarithm
 
 
@@ -33,7 +34,8 @@ class FrontendConfig:
     Args:
         kind: ``fbank`` (Kaldi, natural log, samples scaled to 16 bit) or ``log_mel`` (Whisper: log10,
             floored 8 below the utterance's maximum, then ``(x + 4) / 4``).
-        window: of ``fbank``: ``povey`` (default), ``hamming`` or ``hann``. ``log_mel`` always uses ``hann``.
+        window: of ``fbank``: ``povey`` (default), ``hamming``, ``hann``, ``blackman`` or ``rectangular``.
+            ``log_mel`` always uses ``hann``.
         frame_ms, shift_ms: length and hop of a frame in milliseconds.
         low_hz: lower edge of the filters; default 20 (``fbank``) or 0 (``log_mel``).
         high_hz: upper edge; 0 or less counts from half the sample rate.
@@ -45,7 +47,7 @@ class FrontendConfig:
     kind: Literal["fbank", "log_mel"] = "fbank"
     sample_rate: int = 16000
     num_mels: int = 80
-    window: Literal["povey", "hamming", "hann"] | None = None
+    window: Literal["povey", "hamming", "hann", "blackman", "rectangular"] | None = None
     frame_ms: float = 25.0
     shift_ms: float = 10.0
     low_hz: float | None = None
@@ -58,8 +60,8 @@ class FrontendConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("fbank", "log_mel"):
             raise ConfigError(f"frontend.kind: got {self.kind!r}; valid values: fbank, log_mel")
-        if self.window not in (None, "povey", "hamming", "hann"):
-            raise ConfigError(f"frontend.window: got {self.window!r}; valid values: povey, hamming, hann")
+        if self.window is not None and self.window not in WINDOWS:
+            raise ConfigError(f"frontend.window: got {self.window!r}; valid values: {', '.join(WINDOWS)}")
         if self.sample_rate < 1000:
             raise ConfigError(f"frontend.sample_rate: got {self.sample_rate}; expected Hz, 1000 or more")
         if self.num_mels < 1:
@@ -585,6 +587,10 @@ def select_streams(state: FrontendState, index: Tensor) -> FrontendState:
 def _kaldi_window(name: str, size: int) -> Tensor:
     if name == "hamming":
         return torch.hamming_window(size, periodic=False, dtype=torch.float64)
+    if name == "rectangular":
+        return torch.ones(size, dtype=torch.float64)
+    if name == "blackman":
+        return torch.blackman_window(size, periodic=False, dtype=torch.float64)
     hann = torch.hann_window(size, periodic=False, dtype=torch.float64)
     return hann.pow(0.85) if name == "povey" else hann
 

@@ -42,7 +42,7 @@ def single(frontend, wave):
     return features[0]
 
 
-@pytest.mark.parametrize("window", ["povey", "hamming", "hann"])
+@pytest.mark.parametrize("window", ["povey", "hamming", "hann", "blackman", "rectangular"])
 @pytest.mark.parametrize(("rate", "mels", "low", "high"), [(16000, 80, 20, 0), (8000, 40, 60, -200)])
 def test_fbank_matches_torchaudio(window, rate, mels, low, high):
     wave = speech(20001)
@@ -50,12 +50,11 @@ def test_fbank_matches_torchaudio(window, rate, mels, low, high):
         window=window, sample_rate=rate, num_mels=mels, low_hz=float(low), high_hz=float(high)
     )
     got = single(Frontend(config), wave)
-    names = {"povey": "povey", "hamming": "hamming", "hann": "hanning"}
     want = torchaudio.compliance.kaldi.fbank(
         wave[None] * 32768,
         num_mel_bins=mels,
         sample_frequency=rate,
-        window_type=names[window],
+        window_type="hanning" if window == "hann" else window,
         low_freq=low,
         high_freq=high,
         energy_floor=0.0,
@@ -270,7 +269,7 @@ def test_log_mel_can_not_stream():
     ("values", "words"),
     [
         ({"kind": "mfcc"}, "frontend.kind"),
-        ({"window": "blackman"}, "frontend.window"),
+        ({"window": "kaiser"}, "frontend.window"),
         ({"kind": "log_mel", "window": "povey"}, "log_mel uses hann"),
         ({"kind": "log_mel", "dither": 1.0}, "frontend.dither"),
         ({"dither": -1.0}, "frontend.dither"),

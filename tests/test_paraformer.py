@@ -103,6 +103,23 @@ def test_the_filter_of_seaco_does_not_look_at_batch_mates():
     assert (everything.log_probs - alone.log_probs).abs().max() > 1e-4
 
 
+def test_time_stamps_hold_as_many_tokens_as_are_recognised():
+    model = build("bicif", predictor_conf={"tail_threshold": 0.0})
+    out = model(*ragged([40, 31]))
+    torch.testing.assert_close(out.us_alphas.sum(dim=1), out.token_lengths.float(), atol=1e-4, rtol=0)
+
+
+def test_seaco_may_decode_with_the_entry_for_no_hotword_alone():
+    model = build("seaco", hotword_conf={**vars(small_config("seaco").hotword_conf), "no_bias": 99})
+    feats, lengths = ragged([40])
+    encoder_out, lengths = model.encode(feats, lengths)
+    cif = model.predict(encoder_out, lengths)
+    hidden = model.decoder.hidden(cif.embeds, cif.token_lengths, encoder_out, lengths)
+    states = model.hotword_states([])
+    want = model.hotword_logits(cif.embeds, hidden, cif.token_lengths, states).log_softmax(-1)
+    torch.testing.assert_close(model.favour(hidden, cif, states), want)
+
+
 def test_inputs_are_not_changed():
     model = build("seaco")
     feats, sizes = ragged([9, 4])

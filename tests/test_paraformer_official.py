@@ -11,7 +11,7 @@ from nar_speech.config import read_yaml, write_yaml
 from nar_speech.errors import CheckpointError, ConfigError, InputError
 from nar_speech.models import MODELS
 from nar_speech.models.paraformer import Paraformer
-from nar_speech.models.paraformer_official import convert_config
+from nar_speech.models.paraformer_official import convert_config, predictor_conf
 
 torch.set_num_threads(1)
 
@@ -208,3 +208,8 @@ def test_defaults_of_missing_keys_are_the_official_ones():
     assert (config.decoder_conf.kernel_size, config.decoder_conf.att_layer_num) == (21, 6)
     assert (config.ctc_weight, config.predictor_bias, config.sampling_ratio) == (0.5, 0, 0.2)
     assert config.predictor_conf.tail_threshold == 0.0
+
+
+def test_the_tail_mask_of_v3_is_ignored_as_in_the_official_code():
+    assert predictor_conf("CifPredictorV3", {"tail_mask": False}).get("tail_mask", True)
+    assert predictor_conf("CifPredictorV2", {"tail_mask": False})["tail_mask"] is False

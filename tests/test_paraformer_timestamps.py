@@ -77,3 +77,13 @@ def test_recut_fires_equal_the_loop(frames, seed, count):
         return
     want = (fire_track(prefix_sums(scaled[None]), FIRE, FIRE)[0] >= FIRE).nonzero().flatten().tolist()
     assert fire_frames(alphas, torch.zeros(frames), count).tolist() == want
+
+
+def test_the_official_recut_places_one_end_a_frame():
+    alphas = torch.tensor([0.1, 2.0, 2.0, 0.1, 0.1])
+    assert fire_frames(alphas, torch.zeros(5), 4).tolist() == [1, 2, 2, 4]
+    assert fire_frames(alphas, torch.zeros(5), 4, official=True).tolist() == [1, 2, 3, 4]
+    alphas = torch.tensor([0.1, 0.1, 0.1, 0.1, 4.0])
+    assert fire_frames(alphas, torch.zeros(5), 4, official=True).tolist() == [4]
+    assert fire_times(alphas, torch.zeros(5), ["a", "b", "c"], official=True) == []
+    assert len(fire_times(alphas, torch.zeros(5), ["a", "b", "c"])) == 3

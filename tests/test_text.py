@@ -260,6 +260,29 @@ def test_unfinished_and_interrupted_pieces_lose_no_text():
     assert sentence_postprocess([])[0] == ""
 
 
+@pytest.mark.parametrize(
+    ("pieces", "want", "words"),
+    [
+        (["你", "hel@@"], "你", ["你"]),
+        (["hel@@", "你", "lo"], "你hello", ["你", "hello"]),
+        (["10", "3"], "103", ["10", "3"]),
+        (["hello", ",", "你"], "hello 你", ["hello", "你"]),
+        (["i", "am", "a", "u", "s", "citizen"], "i am AUS citizen", ["i", "am", "AUS", "citizen"]),
+    ],
+)
+def test_habits_of_funasr_are_an_option(pieces, want, words):
+    text, times, found = sentence_postprocess(pieces, official=True)
+    assert (text, times, found) == (want, None, words)
+
+
+def test_official_times_go_to_words_by_number():
+    times = [[0, 9], [10, 19], [20, 29], [30, 39]]
+    text, merged, words = sentence_postprocess(["ok", ".", "a", "b"], times, official=True)
+    assert (text, words) == ("ok . AB", ["ok", ".", "AB"])
+    assert merged == [[0, 9], [20, 29]]  # the full stop has no time of its own and takes the next word's
+    assert sentence_postprocess_sentencepiece(["▁", "▁i", "▁"], official=True) == (" i ", ["", "I", ""])
+
+
 def test_missing_timestamps_are_an_error():
     with pytest.raises(InputError, match="1 pairs for 2 pieces"):
         sentence_postprocess(["你", "好"], [[0, 1]])

@@ -20,6 +20,7 @@ from nar_speech.features import Frontend, FrontendConfig, read_kaldi_cmvn
 from nar_speech.text.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from nar_speech.types import ModelCard
 
+KALDI_WINDOWS = {"hanning": "hann"}  # Kaldi's name -> ours, where they differ
 LICENCE = "FunASR Model Open Source License 1.1 (see the model card)"
 
 
@@ -112,6 +113,7 @@ def build_frontend(folder: FunasrFolder) -> Frontend:
             f"{where}: frontend_conf: unknown key '{unknown[0]}'; valid keys: {', '.join(names)}"
         )
     values = {"window": "hamming", **{names[key]: value for key, value in conf.items()}}
+    values["window"] = KALDI_WINDOWS.get(values["window"], values["window"])
     config = FrontendConfig(kind="fbank", cmvn=folder.cmvn.name, **values)
     return Frontend(config, read_kaldi_cmvn(folder.cmvn))
 

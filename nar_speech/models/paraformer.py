@@ -276,7 +276,7 @@ class Paraformer(nn.Module):
         encoder_out, encoder_lengths = self.encode(feats, lengths)
         cif = self.predict(encoder_out, encoder_lengths, official_padding=official_padding)
         log_probs = self.recognise(encoder_out, encoder_lengths, cif, hotwords, official_padding)
-        times = self.times(encoder_out, encoder_lengths, cif.token_num, official_padding)
+        times = self.times(encoder_out, encoder_lengths, cif.token_lengths, official_padding)
         return ParaformerOutput(
             log_probs,
             cif.token_lengths,

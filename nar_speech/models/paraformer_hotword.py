@@ -217,12 +217,23 @@ class SeacoParaformer(BiCifParaformer):
         official_padding: bool = False,
     ) -> Tensor:
         """Log probabilities (B, U, V), the hotword decoder's where its best id is not ``no_bias``."""
-        conf = self.config.hotword_conf
         if not hotwords or cif.embeds.shape[1] == 0:
             return super().recognise(encoder_out, encoder_lengths, cif)
         hidden = self.decoder.hidden(cif.embeds, cif.token_lengths, encoder_out, encoder_lengths)
+        return self.favour(hidden, cif, self.hotword_states(hotwords), official_padding)
+
+    def favour(
+        self, hidden: Tensor, cif: CifOutput, states: Tensor, official_padding: bool = False
+    ) -> Tensor:
+        """Log probabilities (B, U, V) of both decoders together.
+
+        Args:
+            hidden: (B, U, D) states of the main decoder.
+            states: (N + 1, D) of :meth:`hotword_states`.
+            official_padding: see :meth:`keep_hotwords`.
+        """
+        conf = self.config.hotword_conf
         plain = self.decoder.output_layer(hidden).float().log_softmax(dim=-1)
-        states = self.hotword_states(hotwords)
         if 0 < conf.filter_size < len(states):
             states = self.keep_hotwords(states, hidden, cif.token_lengths, conf.filter_size, official_padding)
         logits = self.hotword_logits(cif.embeds, hidden, cif.token_lengths, states)

@@ -150,9 +150,12 @@ def predictor_conf(kind: str, section: Mapping[str, Any], where: str = "predicto
     if kind != "CifPredictorV2":  # whose code reads the option and does not use it
         require(section, {"threshold": (1.0,)}, where)
     defaults: dict[str, Any] = {"tail_threshold": 0.45 if kind == "CifPredictor" else 0.0}
+    ignored = TENSORFLOW | {"idim", "threshold"}
     if kind == "CifPredictorV3":
         defaults |= PREDICTOR_V3_DEFAULTS
-    return take({**defaults, **section}, PREDICTOR_KEYS, TENSORFLOW | {"idim", "threshold"}, where)
+        # Its code reads tail_mask and always puts the tail after the last valid frame.
+        section = {key: value for key, value in section.items() if key != "tail_mask"}
+    return take({**defaults, **section}, PREDICTOR_KEYS, ignored, where)
 
 
 def convert_config(

@@ -14,6 +14,7 @@ from nar_speech.errors import InputError
 
 SPECIAL_PIECES = frozenset({"<blank>", "<blk>", "<pad>", "<s>", "</s>", "<sos>", "<eos>", "<sos/eos>"})
 UNKNOWN_PIECES = frozenset({"<unk>", "<OOV>"})
+OFFICIAL_SPECIAL_PIECES = frozenset({"<s>", "</s>", "<unk>", "<OOV>"})  # what FunASR leaves out
 WORD_START = "\u2581"  # sentencepiece's mark of a word's beginning
 JOINER = "@@"  # subword-nmt's mark of a piece that the next one continues
 
@@ -128,13 +129,15 @@ def join_words(groups: Sequence[PieceGroup]) -> str:
 
 
 def sentence_postprocess(
-    pieces: Sequence[str], timestamps: Sequence[Sequence[float]] | None = None
+    pieces: Sequence[str], timestamps: Sequence[Sequence[float]] | None = None, official: bool = False
 ) -> tuple[str, list[list[float]] | None, list[str]]:
     """Readable text of the pieces of a FunASR character model.
 
     Args:
         pieces: recognised pieces, special ones included or not.
         timestamps: (begin, end) of every piece that is not special; further pairs are ignored.
+        official: keep FunASR's habits where they differ: an unfinished ``@@`` word is dropped or moves behind
+            later characters, punctuation takes the time of the next word, ``10 3`` is written ``103``.
 
     Returns:
         text (with ``timestamps``: words separated by spaces, as FunASR prints them), the words' times or
@@ -143,6 +146,8 @@ def sentence_postprocess(
     Raises:
         InputError: fewer timestamps than pieces.
     """
+    if official:
+        return _official_sentence([p for p in pieces if p not in OFFICIAL_SPECIAL_PIECES], timestamps)
     kept = [piece for piece in pieces if not is_special(piece)]
     groups = group_pieces(kept)
     words = [group.text for group in groups]
@@ -156,10 +161,116 @@ def sentence_postprocess(
     return " ".join(words), times, words
 
 
-def sentence_postprocess_sentencepiece(pieces: Sequence[str]) -> tuple[str, list[str]]:
-    """Text and words of sentencepieces; in the words (not in the text) a lone ``i`` is written ``I``."""
-    text = "".join(piece for piece in pieces if not is_special(piece)).replace(WORD_START, " ").strip()
-    return text, [re.sub(r"^i(?=$|'(?:m|ve|ll)$)", "I", word) for word in text.split()]
+def sentence_postprocess_sentencepiece(
+    pieces: Sequence[str], official: bool = False
+) -> tuple[str, list[str]]:
+    """Text and words of sentencepieces; in the words (not in the text) a lone ``i`` is written ``I``.
+
+    ``official``: a lone word mark is an empty word, and its space stays, as in FunASR.
+    """
+    if official:
+        kept = [piece for piece in pieces if piece not in OFFICIAL_SPECIAL_PIECES]
+        first = "".join(kept[:1]).replace(WORD_START, "")
+        words = [first]
+        for piece in kept[1:]:
+            if WORD_START in piece:
+                words.append("")
+            words[-1] += piece.replace(WORD_START, "")
+        text = " ".join(words)
+    else:
+        text = "".join(piece for piece in pieces if not is_special(piece)).replace(WORD_START, " ").strip()
+        words = text.split()
+    return text, [re.sub(r"^i(?=$|'(?:m|ve|ll)$)", "I", word) for word in words]
+
+
+def _official_characters(text: str) -> bool:
+    """FunASR's test for Chinese and digits; of a whole piece it compares the strings."""
+    return "\u4e00" <= text <= "\u9fff" or "0" <= text <= "9" or text == "@"
+
+
+def _official_letters(text: str) -> bool:
+    return text == "'" or (text.isalpha() and not _official_characters(text))
+
+
+def _official_sentence(
+    pieces: Sequence[str], timestamps: Sequence[Sequence[float]] | None
+) -> tuple[str, list[list[float]] | None, list[str]]:
+    """:func:`sentence_postprocess` with FunASR's habits."""
+    given = timestamps is not None
+    words, times = _official_words(pieces, timestamps if given else [(0, 0)] * len(pieces))
+    words, times = _official_abbreviations(words, times)
+    real = [word for word in words if word != " "]
+    text = (" " if given else "").join(real if given else words).strip()
+    return text, times if given else None, real
+
+
+def _official_words(
+    pieces: Sequence[str], timestamps: Sequence[Sequence[float]]
+) -> tuple[list[str], list[list[float]]]:
+    """Words, with a space entry after each one of letters, and the times of those that got one."""
+    plain = [piece.replace(" ", "") for piece in pieces]
+    if plain and all(map(_official_characters, plain)):
+        return plain, [list(pair) for pair in timestamps]
+    words: list[str] = []
+    times: list[list[float]] = []
+    if plain and all(map(_official_letters, plain)):
+        for piece, (begin, end) in zip(pieces, timestamps, strict=False):
+            words += [piece, " "]
+            times.append([begin, end])
+        return words, times
+    unfinished, open_word, spaced = "", False, False
+    begin = end = -1.0
+    for piece, pair in zip(pieces, timestamps, strict=False):
+        if not open_word:
+            begin, end = pair
+        characters = [c.replace(" ", "") for c in piece]
+        if characters and all(map(_official_characters, characters)):
+            if spaced:
+                words.pop()
+            words.append(piece)
+            times.append([begin, end])
+            open_word = spaced = False
+        elif JOINER in piece:
+            unfinished += piece.replace(JOINER, "")
+            end, open_word, spaced = pair[1], True, False
+        elif characters and all(map(_official_letters, characters)):
+            words += [unfinished + piece, " "]
+            times.append([begin, pair[1]])
+            unfinished, open_word, spaced = "", False, True
+        else:
+            words.append(piece)
+    return words, times
+
+
+def _official_abbreviations(
+    words: list[str], times: list[list[float]]
+) -> tuple[list[str], list[list[float]]]:
+    """Join spaced single letters; the n-th word takes the n-th time, whether it was its own or not."""
+
+    def letter(place: int) -> bool:
+        return (
+            place < len(words)
+            and len(words[place]) == 1
+            and words[place].isascii()
+            and words[place].isalpha()
+        )
+
+    joined: list[str] = []
+    spans: list[list[float]] = []
+    place = number = 0
+    while place < len(words):
+        last = place
+        while letter(last) and last + 1 < len(words) and words[last + 1] == " " and letter(last + 2):
+            last += 2
+        text = words[place] if last == place else "".join(words[place : last + 1 : 2]).upper()
+        joined.append(text)
+        if text != " ":
+            final = number + (last - place) // 2
+            if final < len(times):
+                spans.append([times[number][0], times[final][1]])
+            number = final + 1
+        place = last + 1
+    return joined, spans
 
 
 LANGUAGE_TAGS = ("zh", "en", "yue", "ja", "ko", "nospeech")

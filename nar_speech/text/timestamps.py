@@ -29,15 +29,17 @@ class TimedText(NamedTuple):
     end: float
 
 
-def fire_frames(alphas: Tensor, peaks: Tensor, count: int) -> np.ndarray:
+def fire_frames(alphas: Tensor, peaks: Tensor, count: int, official: bool = False) -> np.ndarray:
     """Frames at which ``count`` tokens end.
 
     They are read off the track where it shows as many; otherwise the weights are scaled to sum to ``count``
-    and cut anew. (The official loop can't place two in one frame and may then find too few; this can.)
+    and cut anew.
 
     Args:
         alphas: (T,) weights; not changed.
         peaks: (T,) fire track.
+        official: cut anew as the official loop does, which can't place two ends in one frame and may find
+            fewer than ``count``.
 
     Returns:
         (count,) int64, not decreasing; spread evenly where all weights are zero.
@@ -49,6 +51,11 @@ def fire_frames(alphas: Tensor, peaks: Tensor, count: int) -> np.ndarray:
     total = float(sums[-1]) if len(sums) else 0.0
     if total <= 0:
         return np.arange(1, count + 1) * len(alphas) // (count + 1)
+    if official:
+        worth = (sums * (count / total) / FIRE).floor()
+        frames = torch.arange(1, len(sums) + 1, dtype=torch.float64)
+        fired = frames + (worth - frames).cummin(dim=0).values.clamp_max(0)  # one end a frame at most
+        return torch.nonzero(fired.diff(prepend=fired.new_zeros(1)) > 0).flatten().numpy()
     goals = torch.arange(1, count + 1, dtype=torch.float64) * FIRE
     places = torch.searchsorted(sums * (count / total), goals)
     return places.clamp_max(len(alphas) - 1).numpy()
@@ -62,6 +69,7 @@ def fire_times(
     offset: float = 0.0,
     shift: float = FIRE_SHIFT,
     mark_silence: bool = True,
+    official: bool = False,
 ) -> list[TimedText]:
     """Times of tokens, silences in between.
 
@@ -73,6 +81,7 @@ def fire_times(
         offset: seconds added to all times, the start of the utterance in a longer recording.
         shift: frames added to every fire.
         mark_silence: return the silences too, as ``<sil>``.
+        official: see :func:`fire_frames`; the last tokens are dropped where it finds too few ends.
 
     Returns:
         In order of time. With tokens whose fires are near the beginning, times may be below ``offset`` by
@@ -83,7 +92,7 @@ def fire_times(
         names.pop()
     if not tokens or len(alphas) == 0:
         return []
-    fires = (fire_frames(alphas, peaks, len(names) + 1) + shift).tolist()
+    fires = (fire_frames(alphas, peaks, len(names) + 1, official) + shift).tolist()
     spans: list[list] = []
     if fires[0] > EDGE_FRAMES:
         spans.append([SILENCE, 0.0, fires[0] * frame_seconds])

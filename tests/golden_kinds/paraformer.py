@@ -125,27 +125,40 @@ def offline(case: Case) -> Iterator[Check]:
         kept = [[i for i in row if i > 2] for row in ids.tolist()]
         yield case.equal("inference_token_int", kept, case.meta["inference_token_int"])
     for b in range(len(lengths)):
-        if f"single{b}_log_probs" in case.io:
+        if any(name.startswith(f"single{b}_") for name in case.io):
             yield from _check_single(case, model, ours, b)
 
 
 def _check_single(case: Case, model: Paraformer, batched: Any, b: int) -> Iterator[Check]:
     """Item ``b`` alone, and the same item out of our batch, against the recorded single run."""
-    size = int(case.io["speech_lengths"][b])
+    item = slice(b, b + 1)
+    size = case.io["speech_lengths"][item]
+    feats = case.io["speech"][item, : int(size)]
     with torch.no_grad():
-        alone = model(case.io["speech"][b : b + 1, :size], torch.tensor([size]))
-    tokens = int(alone.token_lengths[0])
-    tail = model.config.predictor_conf.tail_threshold > 0
+        alone = model(feats, size)
+        official = model(feats, size, official_padding=True)  # differs where a weight is above 1
+        token_num = model.predict(official.encoder_out, size, official_padding=True).token_num
+    conf, tokens = model.config.predictor_conf, int(alone.token_lengths[0])
+    weights = batched.alphas[item, : int(size)]
+    if conf.tail_threshold > 0:  # stands in the batch's last column without the tail mask
+        place = int(size) if conf.tail_mask else batched.alphas.shape[1] - 1
+        weights = torch.cat([weights, batched.alphas[item, place : place + 1]], dim=1)
     parts = {
-        "encoder_out": (alone.encoder_out, batched.encoder_out[b : b + 1, :size]),
-        "alphas": (alone.alphas, batched.alphas[b : b + 1, : size + tail]),
-        "token_num": (alone.token_lengths.float(), batched.token_lengths[b : b + 1].float()),
-        "log_probs": (alone.log_probs, batched.log_probs[b : b + 1, :tokens]),
+        "encoder_out": (official.encoder_out, alone.encoder_out, batched.encoder_out[item, : int(size)]),
+        "alphas": (official.alphas, alone.alphas, weights),
+        "token_num": (token_num, None, None),
+        "log_probs": (official.log_probs, alone.log_probs, batched.log_probs[item, :tokens]),
     }
-    for name, (single, row) in parts.items():
-        want = case.io[f"single{b}_{name}"]
-        yield case.close(f"single{b}_{name}", single, want)
-        yield case.close(f"single{b}_{name} (row of our batch)", row, want)
+    same = bool((official.alphas <= 1).all())  # then our vectors are the official ones
+    for name, (want, single, row) in parts.items():
+        if f"single{b}_{name}" not in case.io:
+            continue
+        yield case.close(f"single{b}_{name}", want)
+        if single is not None:
+            if same:
+                yield case.close(f"single{b}_{name} (ours)", single, case.io[f"single{b}_{name}"])
+            yield case.close(f"single{b}_{name} (row of our batch)", row, single)
+    yield case.equal(f"single{b} tokens (row of our batch)", int(batched.token_lengths[b]), tokens)
 
 
 def predictor(case: Case) -> Iterator[Check]:
@@ -164,21 +177,35 @@ def predictor(case: Case) -> Iterator[Check]:
         with torch.no_grad():
             official = module(hidden, lengths, targets, official=True)
             ours = module(hidden, lengths, targets)
-        for key, value in (
-            ("acoustic_embeds", official.embeds),
-            ("token_num", official.token_num),
-            ("alphas", official.alphas),
-            ("peaks", official.peaks),
-        ):
-            yield case.close(f"{name}_{key}", value)
-        if bool((official.alphas <= 1).all()):
-            yield case.close(
-                f"{name}_acoustic_embeds (ours)", ours.embeds, case.io[f"{name}_acoustic_embeds"]
+        embeds, peaks = case.io[f"{name}_acoustic_embeds"], case.io[f"{name}_peaks"]
+        lost = torch.zeros(len(lengths), dtype=torch.bool)
+        if targets is not None:
+            lost = _lost_fires(peaks, targets)
+            yield case.equal(
+                f"{name} tokens (ours)", (ours.peaks >= 1).sum(1).tolist(), targets.long().tolist()
             )
+        kept = torch.arange(embeds.shape[1]) < (official.token_lengths - lost.long())[:, None]
+        yield case.close(f"{name}_acoustic_embeds", official.embeds * kept[:, :, None], embeds)
+        yield case.close(f"{name}_token_num", official.token_num)
+        yield case.close(f"{name}_alphas", official.alphas)
+        last = torch.arange(peaks.shape[1]) == (lengths - 1)[:, None]
+        # From the lost fire on, the official track holds the whole weight that ours has given to the token.
+        behind = (torch.arange(peaks.shape[1]) >= (lengths - 1)[:, None]) & lost[:, None]
+        yield case.close(f"{name}_peaks", official.peaks.masked_fill(behind, 0), peaks.masked_fill(behind, 0))
+        if bool((official.alphas <= 1).all()):
+            yield case.close(f"{name}_acoustic_embeds (ours)", ours.embeds * kept[:, :, None], embeds)
         if "fires" in variant:
-            fires = [(row >= 1).nonzero().flatten().tolist() for row in official.peaks]
-            yield case.equal(f"{name} fires", fires, variant["fires"])
+            fired = (official.peaks >= 1) & ~(last & lost[:, None])
+            yield case.equal(
+                f"{name} fires", [row.nonzero().flatten().tolist() for row in fired], variant["fires"]
+            )
     yield from _bare_cif(case)
+
+
+def _lost_fires(peaks: Tensor, targets: Tensor) -> Tensor:
+    """(B,) items whose last token the official code loses: rounding leaves the sum just below its target."""
+    short = (peaks >= 1).sum(dim=1) == targets - 1
+    return short & ((peaks[:, -1] - 1).abs() < 1e-4)
 
 
 def _bare_cif(case: Case) -> Iterator[Check]:
@@ -207,7 +234,7 @@ def bicif(case: Case) -> Iterator[Check]:
     with torch.no_grad():
         out = model(case.io["speech"], case.io["speech_lengths"], official_padding=True)
         cif = model.predict(out.encoder_out, out.encoder_lengths, official_padding=True)
-        times = model.times(out.encoder_out, out.encoder_lengths, cif.token_num, official_padding=True)
+        times = model.times(out.encoder_out, out.encoder_lengths, cif.token_lengths, official_padding=True)
     got = {
         "encoder_out": out.encoder_out,
         "encoder_out_lens": out.encoder_lengths,
@@ -223,10 +250,9 @@ def bicif(case: Case) -> Iterator[Check]:
         "us_peaks": times.peaks,
     }
     yield from check_close(case, got)
-    rate = model.config.predictor_conf.upsample_times
     for entry in case.meta.get("timestamps", ()):
         b = entry["utt"]
-        size = int(out.encoder_lengths[b]) * rate
+        size = int(out.encoder_lengths[b]) * entry["upsample_rate"]
         yield from _check_times(
             case, f"timestamps of {b}, {len(entry['chars'])} tokens", times.alphas[b, :size],
             times.peaks[b, :size], entry, {"upsample_rate": entry["upsample_rate"]},
@@ -255,6 +281,7 @@ def _check_times(
         offset=options.get("vad_offset", 0.0) / 1000,
         shift=options.get("force_time_shift", -1.5),
         mark_silence=options.get("sil_in_str", True),
+        official=True,
     )
     shown = [(s.text, str(s.start + 0.0005)[:5], str(s.end + 0.0005)[:5]) for s in spans]  # as printed there
     text = "".join(f"{name} {start} {end};" for name, start, end in shown)
@@ -309,7 +336,8 @@ def contextual(case: Case) -> Iterator[Check]:
         for name in case.io:
             if name.startswith("log_probs_hotword_scale"):
                 digits = name.removeprefix("log_probs_hotword_scale")
-                got[name] = log_probs(context, int(digits) / 10 ** (len(digits) - 1))
+                scale = float(digits) if "." in digits else int(digits) / 10 ** (len(digits) - 1)
+                got[name] = log_probs(context, scale)
         yield from check_close(case, got)
         whole = model(case.io["speech"], case.io["speech_lengths"], hotwords, official_padding=True)
     yield case.close("log_probs_hotword (forward)", whole.log_probs, case.io["log_probs_hotword"])
@@ -324,19 +352,23 @@ def seaco(case: Case) -> Iterator[Check]:
     with torch.no_grad():
         plain = model(feats, lengths, official_padding=True)
         cif = model.predict(plain.encoder_out, plain.encoder_lengths, official_padding=True)
+        hidden = model.decoder.hidden(cif.embeds, cif.token_lengths, plain.encoder_out, plain.encoder_lengths)
+        states = model.hotword_states(hotwords)  # the list may hold the entry for "no hotword" alone
         got = {
             "encoder_out": plain.encoder_out,
             "encoder_out_lens": plain.encoder_lengths,
             "acoustic_embeds": cif.embeds,
             "token_lens": cif.token_lengths,
-            "hotword_embeds": model.hotword_states(hotwords),
+            "hotword_embeds": states,
             "log_probs_no_hotword": plain.log_probs,
-            "log_probs_hotword": model(feats, lengths, hotwords, official_padding=True).log_probs,
+            "log_probs_hotword": model.favour(hidden, cif, states, official_padding=True),
         }
+        if hotwords:
+            whole = model(feats, lengths, hotwords, official_padding=True)
+            yield case.close("log_probs_hotword (forward)", whole.log_probs, case.io["log_probs_hotword"])
         conf = dataclasses.replace(model.config.hotword_conf, filter_size=limit)
         model.config = dataclasses.replace(model.config, hotword_conf=conf)
-        filtered = model(feats, lengths, hotwords, official_padding=True)
-        got["log_probs_hotword_filtered"] = filtered.log_probs
+        got["log_probs_hotword_filtered"] = model.favour(hidden, cif, states, official_padding=True)
         yield from check_close(case, got)
         batch = model(feats, lengths, hotwords)
         for b, size in enumerate(lengths.tolist()):

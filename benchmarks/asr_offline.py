@@ -377,6 +377,9 @@ def run(args: argparse.Namespace, folder: Path) -> list[Row]:
         for stage in args.stages:
             for seconds, batch in inputs:
                 rows += measure(systems, stage, seconds, batch, threads, args.repeats)
+                print(
+                    f"{stage}, {batch} x {seconds:g} s, {threads} threads: done", file=sys.stderr, flush=True
+                )
     print(f"{machine()}; {args.size} model, random weights, medians of {args.repeats} in turns\n")
     print(table(rows), flush=True)
     if not args.no_memory:

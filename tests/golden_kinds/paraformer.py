@@ -379,13 +379,27 @@ def seaco(case: Case) -> Iterator[Check]:
             )
 
 
+def _draws(case: Case, width: int) -> Tensor:
+    """(B, width) recorded permutations, -1 behind them; all -1 where an utterance needed none."""
+    rows = torch.full((len(case.io["text"]), width), -1)
+    for b, row in enumerate(rows):
+        order = case.io.get(f"perm_{b}", row[:0])[:width]
+        row[: len(order)] = order
+    return rows
+
+
 def loss(case: Case) -> Iterator[Check]:
     """Both passes of training with the recorded draws, every loss term, and gradients."""
     model = build(case)
     io = case.io
     draws = None
     if model.config.sampling_ratio > 0:
-        draws = torch.stack([io[f"perm_{b}"] for b in range(len(io["text"]))])
+        draws = _draws(case, int(io["text_lengths"].max()) + model.config.predictor_bias)
+    hotwords = None
+    if "hotword_pad" in io:
+        sizes = io["hotword_lengths" if "hotword_lengths" in io else "hotword_lens"].flatten().tolist()
+        hotwords = [row[:size] for row, size in zip(io["hotword_pad"].tolist(), sizes, strict=True)]
+        hotwords = hotwords[:-1] if hotwords[-1] == [1] else hotwords
     run = training_pass(
         model,
         io["speech"],
@@ -393,6 +407,7 @@ def loss(case: Case) -> Iterator[Check]:
         io["text"],
         io["text_lengths"],
         draws=draws,
+        hotwords=hotwords,
         official_padding=True,
     )
     terms = loss_terms(model, run, io["text"], io["text_lengths"])

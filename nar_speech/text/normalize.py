@@ -116,13 +116,14 @@ def normalize_english(text: str) -> str:
     """
     text = _DASHES.sub("-", _APOSTROPHES.sub("'", unicodedata.normalize("NFC", text))).lower()
     text = unicodedata.normalize("NFKC", text).replace("⁄", "/")
-    text = re.sub(r"\b(mrs?|dr)\b\.?(?=\s+[^\W\d])", lambda m: _TITLES[m[1]], text)
     text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text)
     if any(map(str.isdecimal, text)):
         text = _spell_numbers(text)
     text = "".join(_SIGNS.get(character, character) for character in text)
     text = re.sub(r"[^\w\s']|_", " ", text)
-    return " ".join(filter(None, map(_trim_apostrophes, text.split())))
+    words = [word for word in map(_trim_apostrophes, text.split()) if word]
+    # A title stands before a name. Last, so that words split or spelled above are treated alike.
+    return " ".join([_TITLES.get(word, word) for word in words[:-1]] + words[-1:])
 
 
 def normalize_chinese(text: str) -> str:

@@ -42,5 +42,6 @@ class MissingExtraError(NarSpeechError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(
-            f"{purpose} needs the package '{package}', which is not installed: pip install 'nar-speech[{extra}]'"
+            f"{purpose} needs the package '{package}', which is not installed:"
+            f" pip install 'nar-speech[{extra}]'"
         )

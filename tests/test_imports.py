@@ -11,7 +11,18 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nar_speech"
 
 # Lower layers first; a module may import its own layer and those it names here.
-BASE = {"version", "errors", "types", "config", "audio", "features", "text", "metrics", "checkpoint", "model_folder"}
+BASE = {
+    "version",
+    "errors",
+    "types",
+    "config",
+    "audio",
+    "features",
+    "text",
+    "metrics",
+    "checkpoint",
+    "model_folder",
+}
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),
     "layers": BASE | {"layers"},

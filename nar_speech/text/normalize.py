@@ -115,7 +115,8 @@ def normalize_english(text: str) -> str:
     Apostrophes inside words and of words such as ``'tis`` and ``goin'`` stay, so contractions are untouched.
     """
     text = _DASHES.sub("-", _APOSTROPHES.sub("'", unicodedata.normalize("NFC", text))).lower()
-    text = unicodedata.normalize("NFKC", text).replace("⁄", "/")
+    # Compatibility forms can hold capitals (a mathematical A), so lower case comes once more.
+    text = unicodedata.normalize("NFKC", text).lower().replace("⁄", "/")
     text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text)
     if any(map(str.isdecimal, text)):
         text = _spell_numbers(text)

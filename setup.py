@@ -30,7 +30,7 @@ REQUIRES = [
     "tqdm>=4.66",
 ]
 
-TEST = ["hypothesis>=6.100", "pytest>=8.0", "pytest-timeout>=2.3", "ruff==0.17.*"]
+TEST = ["av>=12", "hypothesis>=6.100", "pytest>=8.0", "pytest-timeout>=2.3", "ruff==0.17.*"]
 
 EXTRAS = {
     "av": ["av>=12"],  # m4a, webm, mp4 and other containers that libsndfile can't open

@@ -200,7 +200,8 @@ class Official:
             return valid_ids(scores, counts)
 
     def text(self, waves: Sequence[np.ndarray]) -> list[str]:
-        results = self.auto.generate(input=list(waves), batch_size=len(waves))
+        # Given anew: it would go back to the number of threads at its construction.
+        results = self.auto.generate(input=list(waves), batch_size=len(waves), ncpu=torch.get_num_threads())
         return [result["text"] for result in results]
 
 
@@ -254,6 +255,8 @@ def measure(
     else:
         calls = {s.name: (lambda s=s: s.text(waves)) for s in systems}
     results = {name: call() for name, call in calls.items()}
+    if torch.get_num_threads() != threads:
+        raise RuntimeError(f"a system changed the number of threads from {threads}")
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():

@@ -200,8 +200,7 @@ class Official:
             return valid_ids(scores, counts)
 
     def text(self, waves: Sequence[np.ndarray]) -> list[str]:
-        # Given anew: it would go back to the number of threads at its construction.
-        results = self.auto.generate(input=list(waves), batch_size=len(waves), ncpu=torch.get_num_threads())
+        results = self.auto.generate(input=list(waves), batch_size=len(waves))
         return [result["text"] for result in results]
 
 
@@ -374,9 +373,11 @@ def run(args: argparse.Namespace, folder: Path) -> list[Row]:
             )
         else:
             names.insert(0, OFFICIAL)
-    systems = [build(name, folder) for name in names]
     rows = []
     for threads in args.threads:
+        torch.set_num_threads(threads)
+        # Built anew: at every call funasr goes back to the number of threads of its construction.
+        systems = [build(name, folder) for name in names]
         for stage in args.stages:
             for seconds, batch in inputs:
                 rows += measure(systems, stage, seconds, batch, threads, args.repeats)
@@ -388,8 +389,8 @@ def run(args: argparse.Namespace, folder: Path) -> list[Row]:
     if not args.no_memory:
         longest = max(args.seconds)
         print(f"\nPeak resident memory of a process that loads the model and transcribes {longest:g} s:\n")
-        for name, system in zip(names, systems, strict=True):
-            print(f"- {system.name}: {peak_memory(name, folder, longest) / 2**20:.0f} MiB")
+        for name in names:
+            print(f"- {name}: {peak_memory(name, folder, longest) / 2**20:.0f} MiB", flush=True)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     return rows

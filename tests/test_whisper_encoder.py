@@ -88,6 +88,38 @@ def test_batch_equals_singles_whatever_is_in_the_padding(lengths, extra):
         assert not y[row, out[row] :].any()
 
 
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 3))
+def test_branch_of_a_batch_equals_singles(lengths, stride):
+    encoder = small(branch_blocks=2, branch_stride=stride)
+    x = torch.randn(len(lengths), max(lengths), 6)
+    out, out_lengths = encoder(x, torch.tensor(lengths))
+    assert encoder.frame_stride == 2 * stride
+    assert out_lengths.tolist() == encoder.output_lengths(torch.tensor(lengths)).tolist()
+    assert out.shape[1] == math.ceil(math.ceil(max(lengths) / 2) / stride)
+    for b, length in enumerate(lengths):
+        alone, count = encoder(x[b : b + 1, :length], torch.tensor([length]))
+        assert count == out_lengths[b]
+        torch.testing.assert_close(out[b, :count], alone[0], atol=1e-5, rtol=1e-5)
+        assert (out[b, count:] == 0).all()
+
+
+def test_fresh_branch_is_the_mean_of_merged_frames_and_leaves_the_trunk_alone():
+    config = {**vars(SMALL), "branch_blocks": 2, "branch_stride": 2}
+    encoder = WhisperEncoder(6, WhisperEncoderConfig(**config)).eval()
+    x, lengths = torch.randn(1, 16, 6), torch.tensor([16])
+    trunk, trunk_lengths = encoder.trunk(x, lengths)
+    assert trunk.shape == (1, 8, 16)
+    assert trunk_lengths.tolist() == [8]
+    means = torch.nn.functional.layer_norm(trunk.reshape(1, 4, 2, 16).mean(2), (16,))
+    torch.testing.assert_close(encoder(x, lengths)[0], means, atol=1e-5, rtol=1e-5)
+    plain_encoder = WhisperEncoder(6, SMALL).eval()
+    plain_encoder.load_state_dict(
+        {name: value for name, value in encoder.state_dict().items() if not name.startswith("branch.")}
+    )
+    torch.testing.assert_close(plain_encoder(x, lengths)[0], trunk)
+
+
 def test_too_long_input_says_to_cut_the_audio():
     encoder = small()
     with pytest.raises(InputError, match=r"81 frames is longer than the 80 .* cut the audio"):
@@ -133,6 +165,7 @@ def test_layer_drop_skips_whole_blocks_of_single_utterances():
         ({"attention_heads": 7}, "attention_heads: 7 does not divide"),
         ({"output_size": 15, "attention_heads": 1}, "output_size: must be even"),
         ({"dropout": 1.0}, "dropout: must be at least 0 and below 1"),
+        ({"branch_stride": 2}, "branch_stride: got 2"),
         ({"layerdrop": 0.1}, "unknown key 'layerdrop'"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ class Batch:
         ids: B utterance ids.
         texts: B transcripts as they stand in the manifest.
         sample_rate: Hz, for ``seconds``.
+        written: B transcripts with case and punctuation (``custom["written"]`` of the supervision), or None.
     """
 
     waves: Tensor
@@ -33,6 +34,7 @@ class Batch:
     ids: list[str]
     texts: list[str]
     sample_rate: int = 16000
+    written: list[str | None] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -56,6 +58,7 @@ class Batch:
             self.ids,
             self.texts,
             self.sample_rate,
+            self.written,
         )
 
 
@@ -65,6 +68,7 @@ def collate(
     ids: Sequence[str],
     texts: Sequence[str],
     sample_rate: int = 16000,
+    written: Sequence[str | None] | None = None,
 ) -> Batch:
     """Pad B waves (N_b,) and B token lists (U_b) into one :class:`Batch`."""
     wave_lengths = torch.tensor([len(wave) for wave in waves])
@@ -75,5 +79,12 @@ def collate(
         padded_waves[b, : len(wave)] = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
         padded_tokens[b, : len(row)] = torch.tensor(row, dtype=torch.int64)
     return Batch(
-        padded_waves, wave_lengths, padded_tokens, token_lengths, list(ids), list(texts), sample_rate
+        padded_waves,
+        wave_lengths,
+        padded_tokens,
+        token_lengths,
+        list(ids),
+        list(texts),
+        sample_rate,
+        list(written or [None] * len(texts)),
     )

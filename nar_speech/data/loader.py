@@ -177,6 +177,12 @@ def text_of(cut) -> str:
     return " ".join(s.text.strip() for s in sorted(cut.supervisions, key=lambda s: s.start) if s.text)
 
 
+def written_of(cut) -> str | None:
+    """The transcript with case and punctuation, where every supervision of the cut has one."""
+    parts = [(s.custom or {}).get("written") for s in sorted(cut.supervisions, key=lambda s: s.start)]
+    return " ".join(parts) if parts and all(parts) else None
+
+
 class _Reader:
     """Turns (epoch, cuts) into a batch; runs in the DataLoader's workers."""
 
@@ -190,7 +196,8 @@ class _Reader:
         waves = [self._wave(cut, epoch) for cut in cuts]
         texts = [text_of(cut) for cut in cuts]
         tokens = [self.tokenize(text) for text in texts]
-        return collate(waves, tokens, [cut.id for cut in cuts], texts, self.sample_rate), after
+        written = [written_of(cut) for cut in cuts]
+        return collate(waves, tokens, [cut.id for cut in cuts], texts, self.sample_rate, written), after
 
     def _wave(self, cut, epoch: int) -> np.ndarray:
         wave = read_cut(cut, self.sample_rate)

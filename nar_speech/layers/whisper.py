@@ -3,6 +3,9 @@
 Two things differ from the published use, and neither changes a 30 s window: the position table is cut to the
 clip (the clip is not padded to the table), and a clip in a padded batch gets the result it has alone.
 Parameter names are those of the openai/whisper encoder.
+
+A model that serves two readers may have a branch: blocks of its own, at a lower rate, on top of the official
+ones (the trunk). CTC and CIF read the branch, Whisper's text decoder reads the trunk it was trained on.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ class WhisperEncoderConfig:
         dropout: in training, on the output of every attention and feed-forward part.
         attention_dropout: in training, on the attention weights.
         layer_drop: in training, the chance that an utterance skips a block (LayerDrop, arXiv 1909.11556).
+        branch_blocks: blocks on top of the trunk; 0: no branch.
+        branch_stride: trunk frames that are merged into one frame of the branch.
     """
 
     output_size: int = 384
@@ -42,6 +47,8 @@ class WhisperEncoderConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     layer_drop: float = 0.0
+    branch_blocks: int = 0
+    branch_stride: int = 1
 
     def __post_init__(self):
         if self.attention_heads < 1 or self.output_size % self.attention_heads:
@@ -53,6 +60,10 @@ class WhisperEncoderConfig:
         for name in ("dropout", "attention_dropout", "layer_drop"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"{name}: must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.branch_stride < 1 or (self.branch_stride > 1 and not self.branch_blocks):
+            raise ConfigError(
+                f"branch_stride: got {self.branch_stride}; at least 1, above 1 only with branch_blocks"
+            )
 
 
 class WhisperAttention(nn.Module):
@@ -98,10 +109,39 @@ class WhisperBlock(nn.Module):
         return x + F.dropout(self.mlp(self.mlp_ln(x)), self.dropout, self.training)
 
 
+class WhisperBranch(nn.Module):
+    """Merges frames and runs a few more blocks, so that CTC and CIF need not bend the trunk to their ends."""
+
+    def __init__(self, config: WhisperEncoderConfig):
+        super().__init__()
+        size, self.stride = config.output_size, config.branch_stride
+        self.merge = nn.Linear(self.stride * size, size)
+        self.blocks = nn.ModuleList(WhisperBlock(config) for _ in range(config.branch_blocks))
+        self.ln_post = nn.LayerNorm(size)
+        # It starts as the mean of the merged frames: a head that knows the trunk knows the branch too.
+        with torch.no_grad():
+            self.merge.weight.copy_(torch.eye(size).repeat(1, self.stride) / self.stride)
+            self.merge.bias.zero_()
+            for block in self.blocks:
+                for last in (block.attn.out, block.mlp[2]):
+                    last.weight.zero_()
+                    last.bias.zero_()
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, D), zero beyond the lengths (B,) -> (B, ceil(T / stride), D) and its lengths."""
+        batch, frames, _ = x.shape
+        rest = -frames % self.stride
+        x = self.merge(F.pad(x, (0, 0, 0, rest)).reshape(batch, (frames + rest) // self.stride, -1))
+        lengths = (lengths + self.stride - 1) // self.stride
+        keys = make_keys(lengths, x.shape[1])
+        for block in self.blocks:
+            x = block(x, keys)
+        x = self.ln_post(x)
+        return (x if keys is None else x * keys[:, 0, 0, :, None]), lengths
+
+
 class WhisperEncoder(nn.Module):
     """Two convolutions (the second halves the rate), fixed sinusoidal positions, blocks, LayerNorm."""
-
-    frame_stride = 2
 
     def __init__(self, input_size: int = 80, config: WhisperEncoderConfig | None = None):
         """``input_size``: mel channels F (80 in every official size up to large-v2)."""
@@ -110,27 +150,44 @@ class WhisperEncoder(nn.Module):
         self.config = config
         self.input_size = input_size
         self.output_size = config.output_size
+        self.frame_stride = 2 * config.branch_stride
         self.conv1 = nn.Conv1d(input_size, config.output_size, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(config.output_size, config.output_size, kernel_size=3, stride=2, padding=1)
         self.blocks = nn.ModuleList(WhisperBlock(config) for _ in range(config.num_blocks))
         self.ln_post = nn.LayerNorm(config.output_size)
         table = whisper_positions(config.max_positions, config.output_size)
         self.register_buffer("positional_embedding", table, persistent=False)
+        if config.branch_blocks:
+            self.branch = WhisperBranch(config)
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
-        """Output frames of ``lengths`` (B,) input frames: half, rounded up."""
-        return (lengths + 1) // 2
+        """Output frames of ``lengths`` (B,) input frames: half, rounded up, less what the branch merges."""
+        stride = self.config.branch_stride
+        return ((lengths + 1) // 2 + stride - 1) // stride
 
     def forward(self, x: Tensor, lengths: Tensor, tap: Tap | None = None) -> tuple[Tensor, Tensor]:
-        """Encode log-mel features.
+        """Encode log-mel features: the trunk and, where there is one, the branch.
 
         Args:
             x: (B, T, F), 10 ms a frame; what lies beyond a clip's length does not matter.
             lengths: (B,) int64, frames of each clip.
-            tap: called after some blocks, for intermediate predictions.
+            tap: called after some blocks of the trunk, for intermediate predictions.
 
         Returns:
-            (B, T', D) with T' = ceil(T / 2), zero beyond a clip's end, and the new lengths (B,).
+            (B, T', D) with T' = ceil(T / 2), ceil(T' / branch_stride) with a branch, zero beyond the end,
+            and the new lengths (B,).
+
+        Raises:
+            InputError: more frames than the position table holds.
+        """
+        return self.finish(*self.trunk(x, lengths, tap))
+
+    def finish(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """From the output of :meth:`trunk` to that of :meth:`forward`."""
+        return self.branch(x, lengths) if self.config.branch_blocks else (x, lengths)
+
+    def trunk(self, x: Tensor, lengths: Tensor, tap: Tap | None = None) -> tuple[Tensor, Tensor]:
+        """The official encoder: (B, T, F) -> (B, ceil(T / 2), D), zero beyond a clip's end, and lengths (B,).
 
         Raises:
             InputError: more frames than the position table holds.
@@ -142,7 +199,7 @@ class WhisperEncoder(nn.Module):
                 f"(max_positions {self.config.max_positions} times 2) of this Whisper encoder; "
                 "cut the audio into shorter segments"
             )
-        lengths_in, lengths = lengths, self.output_lengths(lengths)
+        lengths_in, lengths = lengths, (lengths + 1) // 2
         x = self._subsample(x, lengths_in)
         keys = make_keys(lengths, frames)
         x = x + self.positional_embedding[:frames].to(x.dtype)

@@ -390,7 +390,30 @@ def training_pass(
         hotwords: of the whole batch (Contextual).
         official_padding: see :meth:`Paraformer.predict`.
     """
-    encoder_out, encoder_lengths = model.encode(feats, lengths)
+    return decoder_passes(
+        model,
+        *model.encode(feats, lengths),
+        tokens,
+        token_lengths,
+        generator,
+        draws,
+        hotwords,
+        official_padding,
+    )
+
+
+def decoder_passes(
+    model: Paraformer,
+    encoder_out: Tensor,
+    encoder_lengths: Tensor,
+    tokens: Tensor,
+    token_lengths: Tensor,
+    generator: torch.Generator | None = None,
+    draws: Tensor | None = None,
+    hotwords: Hotwords | None = None,
+    official_padding: bool = False,
+) -> TrainingPass:
+    """:func:`training_pass` from the encoder's output (B, T, D) and lengths (B,) on."""
     targets, target_lengths = tokens[:, : int(token_lengths.max())], token_lengths
     if model.config.predictor_bias == 1:
         targets, target_lengths = append_eos(tokens, token_lengths, EOS, IGNORE)

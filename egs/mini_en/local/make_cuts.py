@@ -78,7 +78,7 @@ def to_cut(row: dict, copy: int = 0):
         recording.duration,
         text=row["text"],
         speaker=row["speaker"],
-        custom={"source": row["source"]},
+        custom={"source": row["source"]} | ({"written": row["written"]} if row.get("written") else {}),
     )
     return MonoCut(name, 0.0, recording.duration, 0, [text], recording=recording)
 
@@ -123,6 +123,21 @@ def load(folder: Path, files: list[Path]) -> list[dict]:
     return rows
 
 
+def add_written(work: Path, rows: list[dict]) -> None:
+    """Put the written form (case, punctuation) into the rows where it is known.
+
+    Of recordings it is what teacher.py made, of synthetic speech the sentence that was given to the voice.
+    """
+    cased, spoken = {}, {}
+    for path in sorted((work / "real" / "cased").glob("*.jsonl")):
+        cased |= {(path.stem, row["name"]): row["cased"] for row in read_jsonl(path)}
+    for path in sorted((work / "synth").glob("text*.jsonl")):
+        spoken |= {(row["id"], row["text"]): row["spoken"] for row in read_jsonl(path)}
+    for row in rows:
+        real = cased.get((row["source"], row["name"]))
+        row.setdefault("written", real or spoken.get((row["name"], row["text"])))
+
+
 def pairs(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     return name, float(value)
@@ -152,6 +167,7 @@ def main() -> None:
     train = limited([row for row in train + synth if id(row) not in known], dict(args.limit), args.seed)
     train = likely(train, args.work / "cuts" / "speechocean_scores.jsonl", args.least_score)
     count = check_not_reserved(train, "training list")
+    add_written(args.work, train + dev)
     repeat = {name: int(times) for name, times in args.repeat}
     write_cuts(args.work / "cuts" / "train.jsonl.gz", train, repeat)
     write_cuts(args.work / "cuts" / "dev.jsonl.gz", dev, {})

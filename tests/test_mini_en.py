@@ -25,7 +25,7 @@ from nar_speech.text.tokenizer import train_bpe
 RECIPE = Path(__file__).parent.parent / "egs" / "mini_en"
 MODULES = (
     "asterisk common export filter_speechocean make_cuts make_text prepare_eval prepare_real reserved "
-    "results score synthesize templates voices words"
+    "results score synthesize templates voices words books everyday find_books overlap"
 )
 
 
@@ -168,7 +168,7 @@ def test_held_out_sentences_are_not_spoken(local):
         ("LJ050-0001", f"And so it was {held}, they said"),
         ("LJ003-0060", "a chapter with reserved recordings"),
     ]
-    rows = local.make_text.build(prose, {held}, templates=20, seed=1)
+    rows = local.make_text.build(prose, {held}, count=20, seed=1)
     texts = [row["text"] for row in rows if row["kind"] == "prose"]
     assert texts == ["printing in the only sense"]
     assert sum(row["kind"] == "template" for row in rows) == 20

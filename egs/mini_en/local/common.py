@@ -131,8 +131,9 @@ class Repository:
         return run.stdout
 
     def names(self, folder: str) -> list[str]:
-        """Paths of the files under `folder`, sorted."""
-        out = self._git("ls-tree", "-r", "-z", "--name-only", "HEAD", f"{folder.rstrip('/')}/")
+        """Paths of the files under `folder` ("" for all), sorted."""
+        below = [f"{folder.rstrip('/')}/"] if folder else []
+        out = self._git("ls-tree", "-r", "-z", "--name-only", "HEAD", *below)
         return sorted(name for name in out.decode().split("\0") if name)
 
     def read(self, path: str) -> bytes:

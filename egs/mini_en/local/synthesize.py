@@ -3,7 +3,8 @@
     python synthesize.py --engine piper --text text.jsonl --hours 5 --shard 0/2 --out DIR
 
 Writes DIR/<engine>/<id>.flac (16 kHz mono) and appends one line a clip to DIR/<engine>.<shard>.jsonl:
-{"path" (relative to DIR), "text", "speaker", "source", "name", "duration", "licence"}.
+{"path" (relative to DIR), "text", "written" (what was spoken, with case and punctuation), "speaker",
+"source", "name", "duration", "licence"}.
 Runs in the tools environment: needs numpy, soundfile, soxr, onnxruntime and the engine, not nar_speech.
 """
 
@@ -101,6 +102,7 @@ def run(args: argparse.Namespace) -> float:
             row = {
                 "path": str(path.relative_to(args.out)),
                 "text": item["text"],
+                "written": item["spoken"],
                 "speaker": voice,
                 "source": f"synthetic_{args.engine}",
                 "name": item["id"],

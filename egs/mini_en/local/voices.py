@@ -125,7 +125,7 @@ class Piper:
         from piper import SynthesisConfig
 
         config = SynthesisConfig(
-            length_scale=rng.uniform(0.8, 1.2),
+            length_scale=rng.uniform(0.75, 1.25),
             noise_scale=rng.uniform(0.4, 0.9),
             noise_w_scale=rng.uniform(0.5, 1.1),
         )

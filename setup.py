@@ -27,6 +27,7 @@ REQUIRES = [
     "soundfile>=0.12",
     "soxr>=0.5",
     "tensorboard>=2.14",
+    "tokenizers>=0.19",
     "tqdm>=4.66",
 ]
 

@@ -41,14 +41,15 @@ class TokenizerConfig:
     """The ``tokenizer`` part of a model.
 
     Args:
-        kind: ``bpe`` (sentencepiece model) or ``char`` (list of pieces).
+        kind: ``bpe`` (sentencepiece model), ``char`` (list of pieces) or ``whisper_bpe`` (Whisper's
+            vocabulary, whole or pruned).
         file: in the model folder: a sentencepiece model, or FunASR's tokens.json or tokens.txt, or WeNet's
-            units.txt.
+            units.txt, or a tokenizer.json.
         seg_dict: FunASR's table of English words and their ``@@`` pieces (``char`` only).
         case: what is done to text before it is encoded.
     """
 
-    kind: Literal["bpe", "char"]
+    kind: Literal["bpe", "char", "whisper_bpe"]
     file: str
     seg_dict: str | None = None
     case: Literal["keep", "lower", "upper"] = "keep"
@@ -124,7 +125,7 @@ class BpeTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without sentence marks."""
-        return self._model.encode(_change_case(text, self.case))
+        return self._model.encode(change_case(text, self.case))
 
     def decode(self, ids: Sequence[int], tags: bool = False) -> str:
         """Text of ids; special ids give nothing, or with ``tags`` SenseVoice's ``<|tags|>`` are kept."""
@@ -136,7 +137,7 @@ class BpeTokenizer:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The piece of every id."""
-        return _look_up(self._pieces, ids)
+        return look_up(self._pieces, ids)
 
     def words(
         self,
@@ -147,7 +148,7 @@ class BpeTokenizer:
     ) -> tuple[Word, ...]:
         """Words of ids with times in seconds and the mean confidence of their pieces."""
         pieces = ["<s>" if self._silent[int(i)] else p for i, p in zip(ids, self.pieces(ids), strict=True)]
-        return _timed(group_sentencepieces(pieces), starts, ends, confidences, len(pieces))
+        return timed(group_sentencepieces(pieces), starts, ends, confidences, len(pieces))
 
     def to_config(self) -> TokenizerConfig:
         """The configuration with which ``load_tokenizer`` gives this tokenizer back, once saved."""
@@ -205,7 +206,7 @@ class CharTokenizer:
             InputError: a character that is not in a vocabulary without ``<unk>``.
         """
         ids: list[int] = []
-        for word in _change_case(text, self.case).split():
+        for word in change_case(text, self.case).split():
             if ids and self._space is not None and not self._marked:
                 ids.append(self._space)
             known = self._find(word)
@@ -219,7 +220,7 @@ class CharTokenizer:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The piece of every id."""
-        return _look_up(self._pieces, ids)
+        return look_up(self._pieces, ids)
 
     def words(
         self,
@@ -229,7 +230,7 @@ class CharTokenizer:
         confidences: Sequence[float],
     ) -> tuple[Word, ...]:
         """Words of ids with times in seconds and the mean confidence of their pieces."""
-        return _timed(self._groups(ids), starts, ends, confidences, len(ids))
+        return timed(self._groups(ids), starts, ends, confidences, len(ids))
 
     def to_config(self) -> TokenizerConfig:
         """The configuration with which ``load_tokenizer`` gives this tokenizer back, once saved."""
@@ -350,10 +351,14 @@ def load_tokenizer(config: TokenizerConfig | Mapping[str, Any], folder: str | Pa
     if not isinstance(config, TokenizerConfig):
         config = from_dict(TokenizerConfig, config, "tokenizer")
     folder = Path(folder)
+    if config.kind != "char" and config.seg_dict is not None:
+        raise ConfigError("tokenizer.seg_dict: only kind char has one; leave the key out")
     if config.kind == "bpe":
-        if config.seg_dict is not None:
-            raise ConfigError("tokenizer.seg_dict: only kind char has one; leave the key out")
         return BpeTokenizer(folder / config.file, config.case)
+    if config.kind == "whisper_bpe":
+        from nar_speech.text.whisper_bpe import WhisperBpeTokenizer
+
+        return WhisperBpeTokenizer(folder / config.file, config.case)
     seg_dict = read_seg_dict(folder / config.seg_dict) if config.seg_dict else None
     return CharTokenizer(read_pieces(folder / config.file), seg_dict, config.case)
 
@@ -393,11 +398,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> BpeTok
     return BpeTokenizer(model.getvalue())
 
 
-def _change_case(text: str, case: str) -> str:
+def change_case(text: str, case: str) -> str:
     return {"keep": str, "lower": str.lower, "upper": str.upper}[case](text)
 
 
-def _look_up(pieces: list[str], ids: Sequence[int]) -> list[str]:
+def look_up(pieces: list[str], ids: Sequence[int]) -> list[str]:
     ids = [int(i) for i in ids]
     wrong = [i for i in ids if not 0 <= i < len(pieces)]
     if wrong:
@@ -407,7 +412,7 @@ def _look_up(pieces: list[str], ids: Sequence[int]) -> list[str]:
     return [pieces[i] for i in ids]
 
 
-def _timed(
+def timed(
     groups: Sequence[PieceGroup],
     starts: Sequence[float],
     ends: Sequence[float],

@@ -1,4 +1,4 @@
-"""Random changes of a waveform for training: speed, reverberation, noise, telephone band, silence, volume.
+"""Random changes of a waveform for training: speed, tempo, pitch, room, noise, telephone, codecs, volume.
 
 Every draw comes from the generator passed in, which the loader seeds with (seed, epoch, utterance id):
 neither the number of workers nor a restart changes what an utterance sounds like in a given epoch.
@@ -11,6 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from nar_speech.data.codecs import check_codecs, through_codec
+from nar_speech.data.warp import change_pitch
 from nar_speech.errors import ConfigError, ManifestError
 
 
@@ -24,6 +26,11 @@ class AugmentConfig:
         rir: manifest of room impulse responses, or None; then a synthetic room is drawn.
         rt60: seconds, range of the reverberation time of synthetic rooms.
         telephone_prob: band limit to 300..3400 Hz.
+        warp_prob: change tempo and pitch apart from each other (a phase vocoder; slower than ``speed``).
+        tempo: range of the factor of such a change (1.1 = faster at the same pitch).
+        pitch: range in semitones.
+        codec_prob: code and decode with one of ``codecs``, after noise, room and telephone band.
+        codecs: names of :data:`nar_speech.data.codecs.CODECS`.
         silence: up to this many seconds of silence on either side, drawn uniformly.
         volume_db: range of the gain in dB.
     """
@@ -39,17 +46,32 @@ class AugmentConfig:
     silence: float = 0.0
     volume_prob: float = 0.5
     volume_db: tuple[float, float] = (-10.0, 6.0)
+    warp_prob: float = 0.0
+    tempo: tuple[float, float] = (0.9, 1.15)
+    pitch: tuple[float, float] = (-2.0, 2.0)
+    codec_prob: float = 0.0
+    codecs: tuple[str, ...] = ("ulaw", "adpcm", "gsm", "vorbis", "mp3", "opus")
 
     def __post_init__(self) -> None:
         if not self.speed or min(self.speed) <= 0:
             raise ValueError(
                 f"augment.speed: expected positive factors such as [0.9, 1.0, 1.1], got {self.speed}"
             )
-        for name in ("noise_prob", "reverb_prob", "telephone_prob", "volume_prob"):
+        for name in (
+            "noise_prob", "reverb_prob", "telephone_prob", "volume_prob", "warp_prob", "codec_prob"
+        ):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augment.{name}: a probability lies in [0, 1], got {getattr(self, name)}")
         if self.silence < 0 or self.rt60[0] <= 0:
             raise ValueError("augment.silence must not be negative and augment.rt60 must be positive")
+        if not 0.5 <= self.tempo[0] <= self.tempo[1] <= 2 or not -12 <= self.pitch[0] <= self.pitch[1] <= 12:
+            raise ValueError(
+                "augment.tempo: a range within 0.5..2; augment.pitch: one within -12..12 semitones"
+            )
+        if self.codec_prob > 0:
+            if not self.codecs:
+                raise ValueError("augment.codecs: name at least one, or set codec_prob to 0")
+            check_codecs(self.codecs)
 
 
 NO_AUGMENT = AugmentConfig(speed=(1.0,), noise_prob=0.0, volume_prob=0.0)
@@ -65,7 +87,7 @@ class Augmenter:
         self.rirs = _open(config.rir, "augment.rir") if config.reverb_prob > 0 else []
 
     def __call__(self, wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A changed copy of ``wave``; its length changes with speed and added silence only."""
+        """A changed copy of ``wave``; its length changes with speed, tempo and added silence only."""
         config = self.config
         # All decisions are drawn first and always, so that turning one change off leaves the others alone.
         speed = config.speed[rng.integers(len(config.speed))]
@@ -78,8 +100,13 @@ class Augmenter:
         before, after = rng.random(2) * config.silence
         gain_db = rng.uniform(*config.volume_db)
         noise_rng, rir_rng = (np.random.default_rng(seed) for seed in rng.integers(2**63, size=2))
+        warp, coded = rng.random(2) < (config.warp_prob, config.codec_prob)
+        tempo, semitones, strength = rng.uniform(*config.tempo), rng.uniform(*config.pitch), rng.random()
+        codec = config.codecs[rng.integers(len(config.codecs))] if config.codecs else None
 
         wave = change_speed(wave, speed)
+        if warp:
+            wave = change_pitch(wave, semitones, tempo)
         if config.silence > 0:
             wave = np.pad(wave, (int(before * self.sample_rate), int(after * self.sample_rate)))
         if reverb:
@@ -88,6 +115,8 @@ class Augmenter:
             wave = mix_at_snr(wave, self._noise(len(wave), noise_rng), noise_rng.uniform(*config.noise_snr))
         if telephone:
             wave = band_limit(wave, self.sample_rate)
+        if coded:
+            wave = through_codec(wave, self.sample_rate, codec, strength)
         if volume:
             wave = wave * np.float32(10 ** (gain_db / 20))
         return np.clip(wave, -1.0, 1.0).astype(np.float32, copy=False)

@@ -13,8 +13,8 @@ def change_tempo(wave: np.ndarray, factor: float) -> np.ndarray:
     """Play ``wave`` ``factor`` times as fast at the same pitch.
 
     A phase vocoder (Flanagan and Golden 1966): magnitudes are interpolated between frames, phases go on at
-    the frequency that two neighbouring frames show. In dips of the level they start anew from the phases that were
-    measured, so that the bins of the next syllable are in step.
+    the frequency that two neighbouring frames show. In dips of the level they start anew from the phases that
+    were measured, so that the bins of the next syllable are in step.
 
     Args:
         wave: (N,) float32.

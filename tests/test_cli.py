@@ -138,6 +138,23 @@ def test_resume_skips_what_is_there(run, audio, texts, tmp_path):
     assert run("transcribe", audio, "-o", tmp_path, "--resume", model="/nowhere") == (0, "", "")
 
 
+def test_inputs_are_never_overwritten(run, audio, manifest, tmp_path):
+    recording, link = tmp_path / "talk.wav", tmp_path / "link.wav"
+    recording.write_bytes((audio / "a.wav").read_bytes())
+    link.symlink_to(recording)
+    files = (recording, manifest)
+    kept = [file.read_bytes() for file in files]
+    for words in (
+        ("transcribe", recording, "-o", recording),
+        ("transcribe", audio / "b.flac", recording, "-o", link),
+        ("evaluate", manifest, "--report", manifest),
+    ):
+        code, out, err = run(*words)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "is an input and would be overwritten" in err
+        assert [file.read_bytes() for file in files] == kept
+
+
 def test_names_that_clash(run, audio, tmp_path):
     soundfile.write(tmp_path / "a.flac", noise(0.3), RATE)
     assert run("transcribe", audio / "a.wav", tmp_path / "a.flac", "-o", f"{tmp_path}/out/")[0] == 0

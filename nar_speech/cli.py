@@ -340,7 +340,8 @@ def _progress(sources: Sequence[Any]):
     total = 0.0
     for source in sources:
         try:
-            total += (info(source).duration or 0.0) if str(source) != "-" else 0.0
+            if Path(source).is_file():  # what a pipe holds can be read only once
+                total += info(source).duration or 0.0
         except NarSpeechError:
             continue  # it is reported when its turn comes
     with tqdm(total=total or None, unit="s", delay=PROGRESS_DELAY, leave=False, unit_scale=True) as bar:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import typing
 from io import BytesIO
 from pathlib import Path
@@ -169,6 +170,19 @@ def test_standard_input(run, audio, texts, monkeypatch):
     data = (audio / "a.wav").read_bytes()
     monkeypatch.setattr("sys.stdin", type("Stdin", (), {"buffer": BytesIO(data)}))
     assert run("transcribe", "-") == (0, texts["a.wav"] + "\n", "")
+
+
+def test_a_pipe_is_read_once(run, audio, texts, tmp_path, monkeypatch):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # draws a progress bar, which looks at the inputs
+
+    def write():
+        pipe.write_bytes((audio / "a.wav").read_bytes())
+        pipe.write_bytes(b"")  # for a second reader, which would wait for ever
+
+    threading.Thread(target=write, daemon=True).start()
+    assert run("transcribe", pipe)[:2] == (0, texts["a.wav"] + "\n")
 
 
 def test_hotwords_from_a_file_or_the_line(run, audio, tmp_path):

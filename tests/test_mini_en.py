@@ -563,13 +563,26 @@ def test_a_failing_part_leaves_no_marker(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("phase", "frozen"), [("heads", ["encoder."]), ("joint", []), ("decoder", ["encoder.", "ctc."])]
+    ("phase", "trained"),
+    [
+        ("heads", {"encoder.branch", "ctc"}),
+        ("joint", {"encoder", "encoder.branch", "ctc", "verifier"}),
+        ("decoder", {"predictor", "decoder"}),
+    ],
 )
-def test_training_settings_are_valid(phase, frozen):
+def test_training_settings_are_valid(phase, trained):
     from nar_speech import config as configs
-    from recipes.paraformer import Recipe
+    from recipes.draft_verify import Recipe
 
-    files = [RECIPE.parents[1] / "configs" / "paraformer" / "mini_en.yaml"]
-    files += [RECIPE / "conf" / "train.yaml", RECIPE / "conf" / f"{phase}.yaml"]
+    files = [RECIPE.parents[1] / "configs/draft_verify/mini_en.yaml", RECIPE / "conf" / f"{phase}.yaml"]
     recipe = configs.load(Recipe, files, ["train.output_dir=x", "train.max_minutes=1"])
-    assert recipe.train.optim.freeze == frozen
+    frozen = recipe.train.optim.freeze
+    names = {
+        "encoder": "encoder.blocks.0.attn.key.weight",
+        "encoder.branch": "encoder.branch.merge.weight",
+        "ctc": "ctc.ctc_lo.weight",
+        "verifier": "verifier.ln.weight",
+        "predictor": "predictor.cif_output.weight",
+        "decoder": "decoder.output_layer.weight",
+    }
+    assert {part for part, name in names.items() if not name.startswith(tuple(frozen))} == trained

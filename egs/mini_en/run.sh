@@ -16,9 +16,10 @@ hours_piper=3
 hours_flite=2.5
 hours_kokoro=2
 vocab_size=500
-heads_minutes=4
-train_minutes=85
-decoder_minutes=20
+heads_minutes=15
+train_minutes=70
+decoder_minutes=15
+verifier_size=8000
 processes=2
 filter_model=""
 filter_score=-2.5
@@ -31,10 +32,10 @@ usage() {
   cat <<END
 Usage: bash egs/mini_en/run.sh [options] [-- key=value ...]
 
-Trains the small English recogniser (Whisper tiny.en encoder, Paraformer decoder, joint CTC head) and scores it.
+Trains the small English recogniser (Whisper tiny.en encoder, CTC, Paraformer, verifier) and scores it.
 A stage that is finished is skipped; remove its marker in WORK/done to run it again.
 
-  0 recordings and evaluation sets   1 synthetic speech   2 manifests, word pieces, Whisper's encoder
+  0 recordings and evaluation sets   1 synthetic speech   2 Whisper: weights, transcripts, pruned vocabulary; manifests
   3 training   4 average, export     5 scores             6 RESULTS.md, embedding
 
   --stage N          first stage (default $stage)
@@ -48,9 +49,10 @@ A stage that is finished is skipped; remove its marker in WORK/done to run it ag
   --hours-piper H    hours of Piper joe (default $hours_piper), likewise --hours-flite ($hours_flite)
                      and --hours-kokoro ($hours_kokoro)
   --vocab-size N     word pieces (default $vocab_size)
-  --heads-minutes M  wall time of the first phase, in which the encoder is frozen (default $heads_minutes)
-  --train-minutes M  wall time of the second phase, in which everything is trained (default $train_minutes)
-  --decoder-minutes M  of the third phase, in which only predictor and decoder are (default $decoder_minutes)
+  --heads-minutes M  wall time of the first phase: branch and CTC head (default $heads_minutes)
+  --train-minutes M  of the second phase: encoder, CTC and verifier (default $train_minutes)
+  --decoder-minutes M  of the third phase: predictor and decoder (default $decoder_minutes)
+  --verifier-size N  pieces of the verifier's vocabulary (default $verifier_size)
   --processes N      training processes of one thread each (default $processes)
   --filter-model DIR model folder of an earlier run; stage 2 drops the speechocean762 clips whose transcript
                      it finds unlikely (default: none dropped)
@@ -58,7 +60,7 @@ A stage that is finished is skipped; remove its marker in WORK/done to run it ag
   --name NAME        of the model (default $name)
   --embed            stage 6 copies the model folder to nar_speech/assets/NAME
   --seed N           of sentences, voices and training (default $seed)
-  -- key=value ...   passed to recipes/paraformer.py
+  -- key=value ...   passed to recipes/draft_verify.py
 END
 }
 
@@ -74,7 +76,7 @@ while [ $# -gt 0 ]; do
     --embed) embed=true && shift && continue ;;
     --) shift && extra=("$@") && break ;;
     --stage | --stop-stage | --work | --python | --shared-data | --github | --jobs | --hours-piper | --hours-flite | \
-      --hours-kokoro | --vocab-size | --heads-minutes | --train-minutes | --decoder-minutes | --processes | --filter-model | --filter-score | --name | --seed) ;;
+      --hours-kokoro | --vocab-size | --heads-minutes | --train-minutes | --decoder-minutes | --verifier-size | --processes | --filter-model | --filter-score | --name | --seed) ;;
     *) fail "unknown option $option; --help lists them" ;;
   esac
   [ $# -ge 2 ] || fail "$option needs a value"
@@ -82,7 +84,7 @@ while [ $# -gt 0 ]; do
   printf -v "${key//-/_}" '%s' "$2"
   shift 2
 done
-for number in stage stop_stage jobs processes vocab_size seed; do
+for number in stage stop_stage jobs processes vocab_size verifier_size seed; do
   [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number//_/-} must be a whole number, got '${!number}'"
 done
 for number in hours_piper hours_flite hours_kokoro heads_minutes train_minutes decoder_minutes; do
@@ -139,7 +141,17 @@ speech() {
   done
 }
 
-whisper() { py convert_whisper --output "$work/whisper_tiny_en.safetensors"; }
+# Its transcripts of the recordings say what is written with a capital, and where the commas are.
+teacher() { py teacher --work "$work"; }
+
+# Whisper's encoder whole; of its decoder the pieces that these texts need.
+whisper() {
+  local texts=("$work"/synth/text*.jsonl "$work"/real/cased/*.jsonl)
+  py convert_whisper --output "$work/whisper_tiny_en.safetensors"
+  py prune_whisper --size "$verifier_size" --first 3000 --output "$work/verifier" "${texts[@]}"
+  py convert_whisper --parts decoder --decoder-ids "$work/verifier/verifier_ids.json" \
+    --output "$work/verifier/decoder.safetensors"
+}
 
 manifests() {
   local filter=()
@@ -151,35 +163,39 @@ manifests() {
     --repeat librispeech251=3 dctts_reader=2 asterisk=2 synthetic_kokoro=2
 }
 
-# train NAME MINUTES WEIGHTS CONFIG ...: one run of the recipe in work/exp/NAME, from WEIGHTS.
+# train NAME MINUTES SETTING ...: one run of the recipe in work/exp/NAME with conf/NAME.yaml.
 train() {
-  local run="$1" minutes="$2" weights="$3" noise=()
-  shift 3
+  local run="$1" minutes="$2" noise=()
+  shift 2
   if [ -e "$work/cuts/noise.jsonl.gz" ]; then noise=("augment.noise=$work/cuts/noise.jsonl.gz"); fi
   local settings=(
-    "$repo/configs/paraformer/mini_en.yaml" "$@"
+    "$repo/configs/draft_verify/mini_en.yaml" "$here/conf/$run.yaml"
     "train.output_dir=$work/exp/$run" "train.max_minutes=$minutes" train.threads=1 "train.seed=$seed"
     "data.train=[$work/cuts/train.jsonl.gz]" "data.dev=[$work/cuts/dev.jsonl.gz]"
-    "tokenizer.file=$work/bpe.model" "init.init_from=$weights" "${noise[@]}" "${extra[@]}"
+    "tokenizer.file=$work/bpe.model" "verifier.tokenizer=$work/verifier/verifier.json"
+    "${noise[@]}" "$@" "${extra[@]}"
   )
   (cd "$repo" && "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
-    -m recipes.paraformer "${settings[@]}") 2>&1 | tee -a "$work/log/train_$run.log"
-}
-heads() {
-  train heads "$heads_minutes" "$work/whisper_tiny_en.safetensors" "$here/conf/train.yaml" "$here/conf/heads.yaml"
-}
-joint() {
-  train joint "$train_minutes" "$work/exp/heads/model/model.safetensors" "$here/conf/train.yaml" "$here/conf/joint.yaml"
+    -m recipes.draft_verify "${settings[@]}") 2>&1 | tee -a "$work/log/train_$run.log"
 }
 
-decoder() {
-  train decoder "$decoder_minutes" "$work/exp/joint/model/model.safetensors" \
-    "$here/conf/train.yaml" "$here/conf/decoder.yaml"
+heads() {
+  train heads "$heads_minutes" "init.init_from=$work/whisper_tiny_en.safetensors" init.partial=true \
+    'init.prefix={"encoder.": "encoder."}' "init_verifier.init_from=$work/verifier/decoder.safetensors" \
+    'init_verifier.prefix={"decoder.": ""}'
 }
+
+# from NAME: all weights of that run.
+from() {
+  local weights="$work/exp/$1/final.safetensors"
+  settings_from=("init.init_from=$weights" "init_verifier.init_from=$weights" 'init_verifier.prefix={"verifier.": ""}')
+}
+joint() { from heads && train joint "$train_minutes" "${settings_from[@]}"; }
+decoder() { from joint && train decoder "$decoder_minutes" "${settings_from[@]}"; }
 
 export_model() {
   local run="$work/exp/decoder"
-  [ -e "$run/model/model.yaml" ] || run="$work/exp/joint"
+  [ -e "$run/final.safetensors" ] || run="$work/exp/joint"
   py export --run "$run" --name "$name" --out "$work/model"
 }
 scores() { py score --work "$work" --model "$work/model"; }
@@ -196,6 +212,7 @@ part 0 recordings recordings
 part 0 evaluation evaluation
 part 1 sentences sentences
 part 1 speech speech
+part 2 teacher teacher
 part 2 whisper whisper
 part 2 manifests manifests
 part 3 heads heads

@@ -285,8 +285,9 @@ class Bigram:
         generator = torch.Generator().manual_seed(seed)
         self.table = torch.randn(vocabulary, vocabulary, generator=generator).log_softmax(-1).double().numpy()
 
-    def step(self, states, tokens):
-        return self.table[states, tokens], tokens.copy()
+    def expand(self, states, tokens):
+        following = np.broadcast_to(tokens[:, None, :], (*states.shape, tokens.shape[1]))
+        return self.table[states[:, :, None], following], following.copy()
 
     def finish(self, states):
         return self.table[states, 0]

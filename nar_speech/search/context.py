@@ -104,6 +104,13 @@ class ContextGraph:
         after = np.where(own, self._targets[found], fallback)
         return self.node_score[after] - self.node_score[states] + self.output_score[after], after
 
+    def expand(self, states: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """:meth:`step` of every state (n, K) with every token (n, C) of its row; arrays (n, K, C)."""
+        shape = (*states.shape, tokens.shape[1])
+        return self.step(
+            np.broadcast_to(states[:, :, None], shape), np.broadcast_to(tokens[:, None, :], shape)
+        )
+
     def finish(self, states: np.ndarray) -> np.ndarray:
         """Score change at the end of a sequence: what an open match was given is taken back."""
         return -self.node_score[states]

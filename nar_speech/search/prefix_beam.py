@@ -23,6 +23,7 @@ from nar_speech.search.hypothesis import CtcHypothesis
 
 # A prefix that exists but has probability zero sorts behind all others and before "no prefix" (-inf).
 IMPOSSIBLE = -1e30
+NOTHING = -2  # in place of a candidate's id: no candidate
 # Rows of the float state: log probability of ending in a blank or in the last token, the same of the best
 # single path, and what context and LM added.
 BLANK, TOKEN, BEST_BLANK, BEST_TOKEN, CONTEXT, LM = range(6)
@@ -35,13 +36,13 @@ TIME_BLANK, TIME_TOKEN, TIME_BEFORE, NODE, LAST, KEY, PARENT_KEY, CONTEXT_STATE,
 class Scorer(Protocol):
     """Scores tokens from left to right; its states are ints, so that arrays of them cost no Python loop.
 
-    :class:`ContextGraph` is one; an n-gram model for shallow fusion is another.
+    :class:`ContextGraph` is one; the language models of :mod:`nar_speech.search.word_lm` are others.
     """
 
     start: int
 
-    def step(self, states: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Natural-log score and next state of each (state, token) pair, arrays of one shape."""
+    def expand(self, states: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Natural-log scores and next states (n, K, C) of states (n, K) with the tokens (n, C) of their row."""
 
     def finish(self, states: np.ndarray) -> np.ndarray:
         """Natural-log score of ending in each state."""
@@ -58,6 +59,7 @@ def prefix_beam(
     lm: Scorer | None = None,
     lm_weight: float = 0.3,
     blank_skip: float | None = None,
+    floor: float | None = None,
 ) -> list[list[CtcHypothesis]]:
     """Most probable token sequences of each utterance.
 
@@ -72,6 +74,8 @@ def prefix_beam(
         lm: language model for shallow fusion; ``lm_weight`` times its score is added.
         blank_skip: where the blank's probability is above this (0.99, say), frames in a row are taken as one
             frame; speeds the search up, nearly without a change. None: every frame counts.
+        floor: candidates less probable than the frame's best by more than this (natural log; 8, say) are
+            left out, which makes clear frames fast. None: all ``candidates`` count.
 
     Returns:
         For each utterance its hypotheses, best first. ``times`` are frames of the best path.
@@ -88,11 +92,17 @@ def prefix_beam(
     values, symbols = values[rows, frames], symbols[rows, frames]  # (B, T', C)
     if blank_sums is not None:
         values = np.where(symbols == blank, blank_sums[:, :, None], values)
+    widths = np.full(values.shape[:2], values.shape[2])
+    if floor is not None:
+        near = values >= values[:, :, :1] - floor
+        values, symbols = np.where(near, values, -np.inf), np.where(near, symbols, NOTHING)
+        widths = near.sum(2)
     order = np.argsort(-counts, kind="stable")
     search = PrefixBeamSearch(batch, beam, blank, context, lm, lm_weight)
     for t in range(int(counts.max(initial=0))):
         active = order[: int((counts > t).sum())]
-        search.advance(values[active, t], symbols[active, t])
+        width = int(widths[active, t].max())
+        search.advance(values[active, t, :width], symbols[active, t, :width])
     results = search.results(nbest or beam)
     output: list[list[CtcHypothesis]] = [[] for _ in range(batch)]
     for row, item in enumerate(order.tolist()):
@@ -178,7 +188,7 @@ class PrefixBeamSearch:
 
         Args:
             values: (n, C) float64 log probabilities of the symbols that may extend a prefix.
-            symbols: (n, C) int64 their ids, all different in a row.
+            symbols: (n, C) int64 their ids, all different in a row; ``NOTHING`` for none.
         """
         n, width = values.shape
         floats, ints, exists = self.floats[:, :n], self.ints[:, :n], self.exists[:n]
@@ -194,7 +204,7 @@ class PrefixBeamSearch:
         value = values[:, None, :]
         grown = np.where(same, floats[BLANK][:, :, None], total[:, :, None]) + value
         grown_best = np.where(same, floats[BEST_BLANK][:, :, None], best[:, :, None]) + value
-        allowed = exists[:, :, None] & ~is_blank[:, None, :]
+        allowed = exists[:, :, None] & (~is_blank & (symbols != NOTHING))[:, None, :]
 
         # Each prefix as it is: a blank, or its last token again.
         stay = np.empty((4, n, self.beam))
@@ -269,14 +279,10 @@ class PrefixBeamSearch:
         """Scores and next states (n, K, C) that context and LM give to each extension."""
         scores: list[np.ndarray | float] = [0.0, 0.0]
         states: list[np.ndarray | None] = [None, None]
-        shape = (*ints.shape[1:], symbols.shape[1])
-        tokens = np.broadcast_to(symbols[:, None, :], shape)
         if self.context is not None:
-            now = np.broadcast_to(ints[CONTEXT_STATE][:, :, None], shape)
-            scores[0], states[0] = self.context.step(now, tokens)
+            scores[0], states[0] = self.context.expand(ints[CONTEXT_STATE], symbols)
         if self.lm is not None:
-            now = np.broadcast_to(ints[LM_STATE][:, :, None], shape)
-            score, states[1] = self.lm.step(now, tokens)
+            score, states[1] = self.lm.expand(ints[LM_STATE], symbols)
             scores[1] = self.lm_weight * score
         return scores, states
 

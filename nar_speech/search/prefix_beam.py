@@ -42,7 +42,7 @@ class Scorer(Protocol):
     start: int
 
     def expand(self, states: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Natural-log scores and next states (n, K, C) of states (n, K) with the tokens (n, C) of their row."""
+        """Natural-log scores and next states (n, K, C) of states (n, K) with their row's tokens (n, C)."""
 
     def finish(self, states: np.ndarray) -> np.ndarray:
         """Natural-log score of ending in each state."""

@@ -123,7 +123,8 @@ def _section(lines: Iterator[tuple[int, str]], order: int, count: int, where: st
         if line[0] == "\\":
             if len(rows) != count:
                 raise ConfigError(
-                    f"{where}:{number}: {len(rows)} n-grams of order {order}, {count} announced; check the file"
+                    f"{where}:{number}: {len(rows)} n-grams of order {order}, {count} announced;"
+                    " check the file"
                 )
             return rows, line
         fields = line.split()

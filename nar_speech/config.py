@@ -6,6 +6,7 @@ An unknown key is an error that lists the valid ones: a misspelt option must nev
 from __future__ import annotations
 
 import dataclasses
+import math
 import types as pytypes
 import typing
 from collections.abc import Mapping, Sequence
@@ -151,6 +152,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         key, kind = typing.get_args(hint) or (Any, Any)
         return {_key(key, k, where): _convert(kind, v, f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isnan(value):  # compares false with everything, so that no later check would see it
+            raise ConfigError(f"{where}: got nan; must be a number")
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value

@@ -53,6 +53,7 @@ def test_round_trip(tmp_path):
         ("kind: a", "key 'lr' is required"),
         ("lr: fast", "lr: expected float, got 'fast'"),
         ("lr: true", "lr: expected float, got True"),
+        ("lr: .nan", "lr: got nan; must be a number"),
         ("lr: 1\nkind: c", "kind: got 'c'; valid values: a, b"),
         ("lr: 1\ninner: {width: 1.5}", "inner: width: expected int, got 1.5"),
         ("lr: 1\ninner: {names: abc}", "inner: names: expected a list"),

@@ -200,7 +200,7 @@ def import_model(
     """Convert a model of any layout into our folder ``target``, which must be new or empty.
 
     Raises:
-        HubError: ``target`` has files in it. Else as :func:`load_parts`.
+        HubError: ``target`` has files in it, or can't be written. Else as :func:`load_parts`.
     """
     from nar_speech.model_folder import write_model_folder
 
@@ -209,16 +209,19 @@ def import_model(
         raise HubError(f"{target}: is there already and not an empty folder; name a new one")
     folder = resolve(source, cache_dir, offline)
     model = load_parts(folder)
-    return write_model_folder(
-        target,
-        model.network,
-        model.card,
-        model.frontend.config,
-        model.network.config,
-        model.tokenizer,
-        model.decoding,
-        cmvn_from=folder,
-    )
+    try:
+        return write_model_folder(
+            target,
+            model.network,
+            model.card,
+            model.frontend.config,
+            model.network.config,
+            model.tokenizer,
+            model.decoding,
+            cmvn_from=folder,
+        )
+    except OSError as error:
+        raise HubError(f"{target}: can't write ({error.strerror or error}); check path and space") from error
 
 
 def model_info(name: str | Path, cache_dir: str | Path | None = None, offline: bool | None = None) -> dict:

@@ -74,6 +74,9 @@ def test_an_imported_model_gives_the_same_text(tmp_path, layout):
 def test_import_keeps_away_from_files(tmp_path):
     folder = paraformer_folder(tmp_path / "m")
     assert "not an empty folder" in message_of(hub.import_model, folder, tmp_path, error=HubError)
+    (tmp_path / "file").touch()
+    target = tmp_path / "file" / "new"
+    assert f"{target}: can't write" in message_of(hub.import_model, folder, target, error=HubError)
 
 
 def test_names(tmp_path, monkeypatch):

@@ -76,9 +76,8 @@ def run(options: argparse.Namespace) -> None:
     words = choose_vocabulary(counts, options.vocab, options.least)
     text = encode_text(sentences(options.text, options.normalize), words)
     covered = sum(counts[word] for word in words) / max(sum(counts.values()), 1)
-    print(
-        f"{sum(counts.values())} words, {len(counts)} different, {len(words)} kept ({covered:.2%} of the text)"
-    )
+    total = f"{sum(counts.values())} words, {len(counts)} different"
+    print(f"{total}, {len(words)} kept ({covered:.2%} of the text)")
     model = estimate(text, words, options.order, prune, options.entropy)
     print("n-grams of order 1 to", f"{model.order}:", *model.num_ngrams)
     for path in options.output:
@@ -89,8 +88,8 @@ def run(options: argparse.Namespace) -> None:
         for held in options.held_out:
             found = read.perplexity(sentences([held], options.normalize))
             print(
-                f"  {held}: perplexity {found.value:.2f}, {found.known:.2f} without the {found.unknown} unknown"
-                f" of {found.words} words"
+                f"  {held}: perplexity {found.value:.2f}, {found.known:.2f} without the {found.unknown}"
+                f" unknown of {found.words} words"
             )
 
 

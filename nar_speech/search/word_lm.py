@@ -2,9 +2,9 @@
 
 :class:`WordLm` lets a beam over word pieces follow a word model. Words stand in a trie of characters; a
 piece moves along several of its arcs at once, so every way to cut a word into pieces is possible and leads to
-the same node. Where a spelling leaves the trie, the word is unknown: it is ``<unk>`` to the language model and
-every character of it costs ``unknown``. What comes out is therefore a word of the vocabulary unless the sound
-speaks strongly for something else.
+the same node. Where a spelling leaves the trie, the word is unknown: it is ``<unk>`` to the language model,
+and every character of it costs ``unknown``. What comes out is therefore a word of the vocabulary unless the
+sound speaks strongly for something else.
 
 The words of a beam are known to the model only when the next word begins. Until then a prefix has the score
 of the most frequent word it can become (look-ahead), which is taken back later: the sum is exact.

@@ -2,8 +2,8 @@
 
 Chen and Goodman 1999, 'An empirical study of smoothing techniques for language modeling' (section 4.1.6,
 equations 26 to 28 for the discounts); cut-offs keep the mass of what they drop in the back-off weight, as
-Heafield et al. 2013 ('Scalable modified Kneser-Ney language model estimation') do; pruning by relative entropy
-after Stolcke 1998, with the histories' relative frequencies as their probabilities.
+Heafield et al. 2013 ('Scalable modified Kneser-Ney language model estimation') do; pruning by relative
+entropy after Stolcke 1998, with the histories' relative frequencies as their probabilities.
 
 Everything is a sort or a count over whole arrays. Of the text only 4 bytes a word are held, plus as much for
 the contexts; counting goes through it in pieces, so the memory beyond that depends on the number of different
@@ -180,7 +180,7 @@ def estimate(
         raise ConfigError(f"order: got {order}; must be at least 1")
     if len(limits) != order or limits[0] != 0 or limits != sorted(limits):
         raise ConfigError(
-            f"prune: got {','.join(map(str, prune))}; needs up to {order} numbers that never fall, the first 0"
+            f"prune: got {','.join(map(str, prune))}; needs up to {order} numbers that never fall, first 0"
         )
     if not entropy >= 0:
         raise ConfigError(f"entropy: got {entropy:g}; must not be negative")

@@ -1,10 +1,10 @@
 """Back-off n-gram language models: compact tables, batched look-up, files.
 
-All n-grams of all orders stand in one table, shorter ones first, each order sorted by its words. Node 0 is the
-empty context, node 1 + i the i-th entry of the table. An entry is found by one binary search for
-``context node * vocabulary + word``: because a context precedes its extensions, these keys ascend through the
-whole table. A state of the model is the node of the longest context that it knows, an int, so arrays of states
-and words are scored without a Python loop over them.
+All n-grams of all orders stand in one table, shorter ones first, each order sorted by its words. Node 0 is
+the empty context, node 1 + i the i-th entry of the table. An entry is found by one binary search for
+``context node * vocabulary + word``: because a context precedes its extensions, these keys ascend through
+the whole table. A state of the model is the node of the longest context that it knows, an int, so arrays of
+states and words are scored without a Python loop over them.
 
 Models are estimated by :mod:`nar_speech.text.kneser_ney` and exchanged as ARPA text
 (:mod:`nar_speech.text.arpa`); the compact file is safetensors with 8-bit log probabilities.
@@ -277,7 +277,7 @@ def _narrow(values: np.ndarray) -> np.ndarray:
 
 
 def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) uint8 codes and the (256,) float32 values they stand for; up to 256 different values stay exact."""
+    """(N,) uint8 codes and the (256,) float32 values behind them; up to 256 different values stay exact."""
     distinct, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     table = np.zeros(LEVELS, np.float32)
     if len(distinct) <= LEVELS:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import typing
 from io import BytesIO
 from pathlib import Path
@@ -179,7 +180,9 @@ def test_a_pipe_is_read_once(run, audio, texts, tmp_path, monkeypatch):
 
     def write():
         pipe.write_bytes((audio / "a.wav").read_bytes())
-        pipe.write_bytes(b"")  # for a second reader, which would wait for ever
+        while True:  # later readers get nothing; without a writer they would wait for ever
+            time.sleep(0.1)
+            pipe.write_bytes(b"")
 
     threading.Thread(target=write, daemon=True).start()
     assert run("transcribe", pipe)[:2] == (0, texts["a.wav"] + "\n")

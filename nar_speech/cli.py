@@ -28,6 +28,7 @@ INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells report SIGINT and SIGPIPE
 FORMATS = ("txt", "json", "jsonl", "srt", "vtt", "tsv")
 JOINABLE = ("txt", "jsonl")  # formats in which one stream can hold several recordings
 DECODERS = ("auto", "paraformer", "ctc_greedy", "ctc_beam", "attention_rescoring")
+MAX_THREADS = 1024
 PROGRESS_DELAY = 3.0  # seconds before a progress bar appears
 
 
@@ -96,6 +97,17 @@ def _positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+def _threads(text: str) -> int:
+    """PyTorch starts as many as it is told; thousands bring the machine down."""
+    threads = _positive(int)(text)
+    if threads > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"got {threads}; must be 1 to {MAX_THREADS}")
+    return threads
+
+
+_threads.__name__ = "whole number above 0"
+
+
 def _model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -107,13 +119,18 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16", "int8"), help="int8: CPU only"
     )
-    group.add_argument("--threads", type=_positive(int), metavar="N", help="CPU threads of PyTorch")
+    group.add_argument("--threads", type=_threads, metavar="N", help="CPU threads of PyTorch")
 
 
 def _decoding_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding (default: as the model's own model.yaml says)")
     group.add_argument("--decoder", choices=DECODERS)
     group.add_argument("--beam", type=_positive(int), metavar="N", help="beam size of ctc_beam")
+    lm = group.add_mutually_exclusive_group()
+    lm.add_argument("--lm", metavar="FILE", help="n-gram model for ctc_beam: compact or ARPA")
+    lm.add_argument("--no-lm", action="store_true", help="ctc_beam without the model's own language model")
+    group.add_argument("--lm-weight", type=float, metavar="X", help="weight of the language model")
+    group.add_argument("--word-bonus", type=float, metavar="X", help="added per word with a language model")
     group.add_argument("--hotwords", metavar="FILE|WORDS", help="a file with one a line, or a,b,c")
     group.add_argument("--hotword-score", type=float, metavar="X", help="bonus per token in ctc_beam")
     group.add_argument("--language", help="language of the speech, where the model can be told")
@@ -131,7 +148,13 @@ def _load(options: argparse.Namespace, **decoding: Any) -> Transcriber:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    for name in ("decoder", "beam", "hotword_score", "language", "textnorm"):
+    if options.lm is not None:
+        if options.decoder not in (None, "auto", "ctc_beam", "attention_rescoring"):
+            raise ConfigError(f"--lm: decoder '{options.decoder}' takes no language model; use ctc_beam")
+        decoding.update(lm=options.lm, decoder="ctc_beam")
+    elif options.no_lm:
+        decoding["lm"] = None
+    for name in ("decoder", "beam", "lm_weight", "word_bonus", "hotword_score", "language", "textnorm"):
         value = getattr(options, name)
         if value is not None:
             decoding[name] = value

@@ -239,6 +239,7 @@ def test_wrong_usage_is_one_line_and_2(run, audio, monkeypatch, words, message):
         ["transcribe", "a.wav", "--beam", "0"],
         ["transcribe", "a.wav", "--beam", "many"],
         ["transcribe", "a.wav", "--batch-seconds", "inf"],
+        ["transcribe", "a.wav", "--threads", "100000"],
         ["transcribe", "a.wav", "--decoder", "magic"],
         ["transcribe", "a.wav", "--dtype", "float8"],
         ["models"],

@@ -9,8 +9,9 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+import soundfile
 from asterisk import prompts
-from common import Repository, hours, notice, read_16k, read_g722, read_jsonl, write_flac, write_jsonl
+from common import Repository, hours, notice, read_16k, read_g722, read_jsonl, share, write_flac, write_jsonl
 from reserved import asterisk_reserved, check_not_reserved, reason_reserved
 from words import to_words
 
@@ -24,12 +25,14 @@ GITHUB = {
     "dctts_reader": "PhilippMatthes/dc_tts",
     "fsdd": "Jakobovski/free-spoken-digit-dataset",
     "ljspeech32": "coqui-ai/TTS",
+    "wake_words": "Picovoice/wake-word-benchmark",
 }
 LICENCES = {
     "speechocean762": "CC-BY-4.0",
     "dctts_reader": "Apache-2.0 (repository)",
     "fsdd": "CC-BY-SA-4.0",
     "ljspeech32": "public domain",
+    "wake_words": "Apache-2.0",
 }
 
 
@@ -41,6 +44,8 @@ def wanted(source: str, row: dict, args: argparse.Namespace) -> bool:
         return bool(row["slots_agree"])
     if source == "speechocean762" and int(row["speaker"][-4:]) >= 9600:
         return args.speechocean_adults == "keep"
+    if source == "wake_words":
+        return share(row["name"]) < args.wake_share
     if source == "fsdd":
         return int(row["name"].rsplit("_", 1)[1]) in range(5, 5 + args.fsdd_takes)
     return True
@@ -69,12 +74,18 @@ def from_github(source: str, repo: Repository) -> Iterator[dict]:
         for line in repo.read("tests/data/ljspeech/metadata.csv").decode().splitlines():
             texts[line.split("|")[0]] = line.split("|")[-1]
         paths = repo.names("tests/data/ljspeech/wavs")
+    elif source == "wake_words":
+        paths = [path for path in repo.names("audio") if path.count("/") == 2]  # audio/smart mirror/12.flac
     else:
         paths = repo.names("recordings")
         digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
         texts = {Path(path).stem: digits[int(Path(path).stem[0])] for path in paths}
     for path in paths:
         name = Path(path).stem
+        if source == "wake_words":
+            words = Path(path).parent.name
+            yield {"name": f"{words.replace(' ', '-')}_{name}", "text": words, "speaker": None, "audio": path}
+            continue
         if name in texts and path.lower().endswith(".wav"):
             numbered = {"speechocean762": f"so762-{name[1:5]}", "fsdd": f"fsdd-{name[2:].split('_')[0]}"}
             speaker = numbered.get(source, source)
@@ -91,7 +102,7 @@ def prepare(source: str, records: Iterator[dict], read, args: argparse.Namespace
         path = args.work / "real" / source / f"{record['name']}.flac"
         try:
             duration = write_flac(path, read(record["audio"]))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, soundfile.LibsndfileError) as error:
             notice(f"{source}/{record['name']} skipped: {error}")
             continue
         if 0.1 < duration <= LONGEST:
@@ -141,6 +152,7 @@ def main() -> None:
     parser.add_argument(
         "--fsdd-takes", type=int, default=8, help="takes of each digit and speaker, from take 5 on"
     )
+    parser.add_argument("--wake-share", type=float, default=0.17, help="of the 2293 wake words")
     args = parser.parse_args()
     table = []
     for source in [*GITHUB, "asterisk"]:

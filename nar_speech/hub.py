@@ -299,7 +299,7 @@ def _run_noise(model: LoadedModel) -> str:
 def _load_own(folder: Path) -> LoadedModel:
     from nar_speech.checkpoint import SkipInit, load_strict, read_weights
     from nar_speech.features import build_frontend
-    from nar_speech.model_folder import CONFIG_FILE, WEIGHTS_FILE, read_model_file
+    from nar_speech.model_folder import CONFIG_FILE, WEIGHTS_FILE, find_lm, read_model_file
     from nar_speech.text.tokenizer import load_tokenizer
 
     file = read_model_file(folder)
@@ -326,7 +326,8 @@ def _load_own(folder: Path) -> LoadedModel:
         network = build(config)
     load_strict(network, read_weights(folder / WEIGHTS_FILE), where=folder / WEIGHTS_FILE)
     network.eval().requires_grad_(False)
-    return LoadedModel(network, frontend, tokenizer, file.card, file.decoding, folder, "nar_speech")
+    decoding = find_lm(file.decoding, folder)
+    return LoadedModel(network, frontend, tokenizer, file.card, decoding, folder, "nar_speech")
 
 
 def _network_class(name: str, where: Path) -> tuple[type, Callable[[Any], nn.Module]]:

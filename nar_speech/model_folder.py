@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +70,9 @@ class DecodingConfig:
             of ``ctc_beam`` by the attention decoder); ``auto``: see ``choose`` of
             :mod:`nar_speech.pipelines.recognize`.
         beam: prefixes kept by ``ctc_beam``.
+        lm: n-gram model that ``ctc_beam`` follows, a file in the model folder or a path: compact
+            (``.safetensors``, of ``python -m recipes.ngram``) or ARPA text. None: none.
+        lm_weight, word_bonus, unknown_word: see :class:`nar_speech.search.word_lm.WordLm`.
         blank_skip: see :func:`nar_speech.search.prefix_beam.prefix_beam`.
         ctc_weight, reverse_weight: see :func:`nar_speech.search.rescore.attention_rescore`.
         nbest: hypotheses listed per segment; 1 lists none.
@@ -81,6 +84,10 @@ class DecodingConfig:
 
     decoder: DecoderName = "auto"
     beam: int = 10
+    lm: str | None = None
+    lm_weight: float = 0.5
+    word_bonus: float = 1.0
+    unknown_word: float = -1.5
     blank_skip: float | None = None
     ctc_weight: float = 0.5
     reverse_weight: float = 0.0
@@ -95,6 +102,12 @@ class DecodingConfig:
         for name in ("beam", "nbest"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}; must be at least 1")
+        if self.lm_weight < 0:
+            raise ConfigError(f"lm_weight: got {self.lm_weight:g}; must not be negative")
+        if self.unknown_word > 0:
+            raise ConfigError(f"unknown_word: got {self.unknown_word:g}; it is a penalty, at most 0")
+        if self.lm == "":
+            raise ConfigError("lm: the name is empty; name a file, or leave the key out")
         if self.blank_skip is not None and not 0 < self.blank_skip < 1:
             raise ConfigError(f"blank_skip: got {self.blank_skip:g}; must be between 0 and 1")
 
@@ -136,9 +149,10 @@ def write_model_folder(
     Args:
         network: the model's configuration dataclass.
         cmvn_from: folder with the file that ``frontend.cmvn`` names.
+        decoding: its ``lm``, a path, is copied into the folder.
 
     Raises:
-        ConfigError: the CMVN file is missing.
+        ConfigError: the CMVN file or the language model is missing.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,21 +160,66 @@ def write_model_folder(
     tokenizer_config = tokenizer.save(folder)
     files = [WEIGHTS_FILE, *filter(None, (tokenizer_config.file, tokenizer_config.seg_dict))]
     if frontend.cmvn is not None:
-        source = Path(cmvn_from) / frontend.cmvn
-        if not source.is_file():
-            raise ConfigError(f"frontend.cmvn: no file {source}; it belongs to the model")
-        target = folder / frontend.cmvn
-        if source.resolve() != target.resolve():
-            shutil.copyfile(source, target)
+        _bring(Path(cmvn_from) / frontend.cmvn, folder / frontend.cmvn, "frontend.cmvn")
         files.append(frontend.cmvn)
     if decoding is None or isinstance(decoding, Mapping):
         decoding = configs.from_dict(DecodingConfig, decoding or {}, "decoding")
+    if decoding.lm is not None:
+        name = Path(decoding.lm).name
+        _bring(Path(decoding.lm), folder / name, "decoding.lm")
+        decoding = replace(decoding, lm=name)
+        files.append(name)
     sums = {name: sha256(folder / name) for name in files}
     tree = ModelFile(card, configs.to_dict(network), tokenizer_config, frontend, decoding, sums)
+    _write_model_file(tree, folder)
+    return folder
+
+
+def change_model_decoding(folder: str | Path, **options: Any) -> ModelFile:
+    """Change fields of the ``decoding`` part of a model folder; returns the new ``model.yaml``.
+
+    Args:
+        options: fields of :class:`DecodingConfig`. ``lm`` is a path; the file is copied into the folder.
+
+    Raises:
+        ConfigError: an unknown field or a wrong value, or the language model is missing.
+    """
+    folder = Path(folder)
+    file = read_model_file(folder)
+    sums = dict(file.sha256)
+    if options.get("lm") is not None:
+        source = Path(options["lm"])
+        _bring(source, folder / source.name, "decoding.lm")
+        options["lm"] = source.name
+        sums[source.name] = sha256(folder / source.name)
+    if "lm" in options and file.decoding.lm not in (None, options["lm"]):
+        sums.pop(file.decoding.lm, None)
+        (folder / file.decoding.lm).unlink(missing_ok=True)
+    decoding = configs.from_dict(DecodingConfig, {**vars(file.decoding), **options}, "decoding")
+    tree = replace(file, decoding=decoding, sha256=sums)
+    _write_model_file(tree, folder)
+    return tree
+
+
+def find_lm(decoding: DecodingConfig, folder: str | Path) -> DecodingConfig:
+    """``decoding`` with the path of the language model where its name is that of a file in ``folder``."""
+    if decoding.lm is None or not (Path(folder) / decoding.lm).is_file():
+        return decoding
+    return replace(decoding, lm=str(Path(folder) / decoding.lm))
+
+
+def _bring(source: Path, target: Path, key: str) -> None:
+    """Copy a file of the model unless it is there already."""
+    if not source.is_file():
+        raise ConfigError(f"{key}: no file {source}; it belongs to the model")
+    if source.resolve() != target.resolve():
+        shutil.copyfile(source, target)
+
+
+def _write_model_file(tree: ModelFile, folder: Path) -> None:
     draft = folder / f".{CONFIG_FILE}"
     configs.write_yaml(tree, draft)
     draft.replace(folder / CONFIG_FILE)
-    return folder
 
 
 def check_sums(folder: str | Path, sums: Mapping[str, str]) -> None:

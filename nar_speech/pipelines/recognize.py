@@ -20,6 +20,7 @@ from nar_speech.model_folder import DecodingConfig
 from nar_speech.models.ctc import CtcModel
 from nar_speech.models.paraformer import BLANK, EOS, Paraformer
 from nar_speech.models.sensevoice import LANGUAGES, PROMPT_FRAMES, SenseVoice
+from nar_speech.pipelines.language_model import LanguageModels
 from nar_speech.search.ctc import (
     ContextGraph,
     forced_align,
@@ -29,14 +30,17 @@ from nar_speech.search.ctc import (
     token_spans,
 )
 from nar_speech.search.parallel import best_sequences
+from nar_speech.search.prefix_beam import Scorer
 from nar_speech.search.rescore import attention_rescore
 from nar_speech.text.postprocess import split_tags
 from nar_speech.text.timestamps import token_times
 from nar_speech.text.tokenizer import Tokenizer
 from nar_speech.types import Hypothesis
 
+LM_CANDIDATES, LM_FLOOR = 24, 9.0  # of prefix_beam with a language model
 MIN_SECONDS = 0.2  # shorter clips are followed by silence: subsampling encoders need some frames
 Times: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]  # starts and ends
+BEAMS = ("ctc_beam", "attention_rescoring")  # decoders that take a language model
 BIASED_VARIANTS = ("contextual", "seaco")
 
 
@@ -85,7 +89,8 @@ def choose(network: nn.Module, decoding: DecodingConfig) -> str:
     """The decoder to use: the one asked for, or under ``auto`` the model's own.
 
     ``auto`` is ``paraformer`` or ``ctc_greedy``. With hotwords it is ``ctc_beam``, except for Paraformer
-    variants that take hotwords themselves; and so it is for an n-best list of a CTC model.
+    variants that take hotwords themselves; and so it is with a language model where there is a CTC head, and
+    for an n-best list of a CTC model.
 
     Raises:
         ConfigError: the model does not have what the decoder needs.
@@ -100,6 +105,8 @@ def choose(network: nn.Module, decoding: DecodingConfig) -> str:
                     "hotwords: this Paraformer has no CTC head and no hotword decoder; use a contextual,"
                     " SeACo or CTC model"
                 )
+            return "ctc_beam"
+        if decoding.lm is not None and has_ctc(network) and not (hotwords and biased):
             return "ctc_beam"
         if paraformer:
             return "paraformer"
@@ -157,10 +164,19 @@ class Recognizer:
             self.network = pack_linear_layers(self.network)
         self.frontend = frontend.to(device).eval()
         self.tokenizer, self.device, self.dtype = tokenizer, device, dtype
+        self._lms = LanguageModels(tokenizer)
         self.sample_rate = frontend.config.sample_rate
         self.frame_seconds = frontend.frame_shift * float(
             network.encoder.frame_stride if hasattr(network, "encoder") else 1
         )
+
+    def language_model(self, decoding: DecodingConfig) -> Scorer | None:
+        """What the beam follows, read when it is first asked for; None if ``decoding`` names none.
+
+        Raises:
+            ConfigError: a bad file, or one that does not suit the tokenizer.
+        """
+        return None if decoding.lm is None else self._lms(decoding)
 
     def features(self, waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """(B, T, F) features and (B,) lengths of (N,) float32 waveforms, on the device."""
@@ -377,13 +393,18 @@ class Recognizer:
         if decoder == "ctc_greedy":
             lists = [[hypothesis] for hypothesis in greedy(log_probs, lengths, blank)]
         else:
+            lm = self.language_model(decoding)
             lists = prefix_beam(
                 log_probs,
                 lengths,
                 max(decoding.beam, decoding.nbest),
                 blank=blank,
+                candidates=None if lm is None else max(decoding.beam, LM_CANDIDATES),
                 context=bias.graph if bias else None,
+                lm=lm,
+                lm_weight=1.0,  # the scorer has its weights inside
                 blank_skip=decoding.blank_skip,
+                floor=None if lm is None else LM_FLOOR,
             )
         best = [hypotheses[0] for hypotheses in lists]
         if rescore is not None:

@@ -24,7 +24,15 @@ from nar_speech.features import Frontend
 from nar_speech.hub import LoadedModel, load_parts
 from nar_speech.model_folder import DecodingConfig
 from nar_speech.models.sensevoice import LANGUAGES, SenseVoice
-from nar_speech.pipelines.recognize import Bias, Recognized, Recognizer, choose, language_of, make_bias
+from nar_speech.pipelines.recognize import (
+    BEAMS,
+    Bias,
+    Recognized,
+    Recognizer,
+    choose,
+    language_of,
+    make_bias,
+)
 from nar_speech.pipelines.segment import Piece, Segmenter
 from nar_speech.pipelines.writers import join_texts
 from nar_speech.text.tokenizer import Tokenizer
@@ -215,7 +223,8 @@ class Transcriber:
             ConfigError: an unknown option, a wrong value, or one that this model does not have.
         """
         decoding = change_decoding(self.decoding, options)
-        choose(self.recognizer.network, decoding)
+        if choose(self.recognizer.network, decoding) in BEAMS:
+            self.recognizer.language_model(decoding)
         self._check_language(decoding.language)
         return decoding
 

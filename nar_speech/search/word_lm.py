@@ -33,7 +33,7 @@ class Lexicon:
         outside: its number, also that of all other nodes together.
         word: (nodes + 1,) index into ``words`` of the word that ends at each node, -1 for none.
         depth: (nodes + 1,) characters from the root.
-        best: (nodes + 1,) the largest of ``scores`` below each node; 0 outside.
+        best: (nodes + 1,) the largest of ``scores`` at or below each node; 0 outside.
         first: (V,) node to which a piece leads that begins a word; ``outside`` for none.
         begins: (V,) whether a piece begins a word.
         characters: (V,) length of the pieces.
@@ -138,6 +138,31 @@ def _piece_trie(
     return table, tokens[0], tokens[1]
 
 
+def _known(lm: NgramModel) -> np.ndarray:
+    """Ids of the real words."""
+    special = {UNKNOWN, START, END}
+    return np.array([i for i, word in enumerate(lm.words) if word and word not in special], np.int64)
+
+
+def word_lexicon(lm: NgramModel, pieces: Sequence[str]) -> Lexicon:
+    """The words of a model, spelled in a tokenizer's pieces.
+
+    Args:
+        pieces: the text of every token id, ``\u2581`` where a word begins.
+
+    Raises:
+        ConfigError: no word of the model can begin with any of the pieces.
+    """
+    known = _known(lm)
+    lexicon = Lexicon([lm.words[i] for i in known.tolist()], lm.log_probs[1 + known], pieces)
+    if not (lexicon.begins & (lexicon.first != lexicon.outside) & (lexicon.characters > 0)).any():
+        raise ConfigError(
+            "language model: the tokenizer can spell none of its words; are both of the same language, and"
+            " both in lower or upper case?"
+        )
+    return lexicon
+
+
 class WordLm:
     """A word n-gram model over word pieces.
 
@@ -147,35 +172,24 @@ class WordLm:
 
     Args:
         lm: the word model.
-        pieces: the text of every token id, ``\u2581`` where a word begins.
+        lexicon: of its words, see :func:`word_lexicon`.
         weight: of the model's natural log probabilities.
         bonus: for each word; above 0 against too few words.
         unknown: for each character of an unknown word, at most 0.
-
-    Raises:
-        ConfigError: pieces without ``\u2581``, or a model without words.
     """
 
     def __init__(
         self,
         lm: NgramModel,
-        pieces: Sequence[str],
+        lexicon: Lexicon,
         weight: float = 0.5,
         bonus: float = 0.0,
-        unknown: float = -1.0,
+        unknown: float = -1.5,
     ):
-        if not any(piece.startswith(WORD_START) for piece in pieces):
-            raise ConfigError("language model: the tokenizer's pieces do not tell where words begin")
-        special = {UNKNOWN, START, END}
-        known = np.array([i for i, word in enumerate(lm.words) if word and word not in special], np.int64)
-        if not len(known):
-            raise ConfigError("language model: its vocabulary has no word; check the file")
-        self.lm, self.weight, self.bonus, self.unknown = lm, weight, bonus, unknown
-        unigrams = lm.log_probs[1 + known]
-        self.lexicon = Lexicon([lm.words[i] for i in known.tolist()], unigrams, pieces)
-        lexicon = self.lexicon
+        self.lm, self.lexicon = lm, lexicon
+        self.weight, self.bonus, self.unknown = weight, bonus, unknown
         self._size = lexicon.outside + 1
-        self._word = np.append(known, lm.unknown)[lexicon.word]  # -1, no word, gives <unk>
+        self._word = np.append(_known(lm), lm.unknown)[lexicon.word]  # -1, no word, gives <unk>
         self._strange = weight * lm.log_probs[1 + lm.unknown]
         self._ahead = weight * lexicon.best
         self._ahead[0], self._ahead[lexicon.outside] = 0.0, self._strange

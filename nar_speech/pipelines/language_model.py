@@ -1,0 +1,48 @@
+"""N-gram models of a recogniser's beam, read once."""
+
+from __future__ import annotations
+
+from nar_speech.model_folder import DecodingConfig
+from nar_speech.search.prefix_beam import Scorer
+from nar_speech.search.word_lm import WORD_START, Lexicon, TokenLm, WordLm, word_lexicon
+from nar_speech.text.ngram import NgramModel
+from nar_speech.text.tokenizer import Tokenizer
+
+
+class LanguageModels:
+    """The language model of the last decoding that named one.
+
+    A model is over words if the tokenizer's pieces tell where words begin, and over tokens otherwise, or if
+    its own words are such pieces.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.pieces = tokenizer.pieces(range(tokenizer.vocab_size))
+        self._path: str | None = None
+        self._model: NgramModel | None = None
+        self._lexicon: Lexicon | None = None
+        self._key: tuple | None = None
+        self._scorer: Scorer | None = None
+
+    def __call__(self, decoding: DecodingConfig) -> Scorer:
+        """The scorer of ``decoding.lm`` with its weights.
+
+        Raises:
+            ConfigError: a bad file, or one that does not suit the tokenizer.
+        """
+        key = (decoding.lm, decoding.lm_weight, decoding.word_bonus, decoding.unknown_word)
+        if key != self._key:
+            if decoding.lm != self._path:
+                self._model, self._lexicon = NgramModel.load(decoding.lm), None
+                self._path = decoding.lm
+            self._scorer = self._make(self._model, *key[1:])
+            self._key = key
+        return self._scorer
+
+    def _make(self, model: NgramModel, weight: float, bonus: float, unknown: float) -> Scorer:
+        marked = any(piece.startswith(WORD_START) for piece in self.pieces)
+        if not marked or any(word.startswith(WORD_START) for word in model.words):
+            return TokenLm(model, self.pieces, weight, bonus)
+        if self._lexicon is None:
+            self._lexicon = word_lexicon(model, self.pieces)
+        return WordLm(model, self._lexicon, weight, bonus, unknown)

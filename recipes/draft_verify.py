@@ -25,6 +25,7 @@ from nar_speech.errors import ConfigError
 from nar_speech.features import FrontendConfig
 from nar_speech.layers.whisper_decoder import WhisperDecoder, WhisperDecoderConfig
 from nar_speech.losses.ctc import ctc_loss
+from nar_speech.losses.noisy_prefix import noisy_prefix_ce
 from nar_speech.model_folder import DecodingConfig
 from nar_speech.models.paraformer import (
     BLANK,
@@ -40,7 +41,7 @@ from nar_speech.text.whisper_bpe import WhisperBpeTokenizer
 from nar_speech.train import TrainConfig, World, say, train
 from nar_speech.train.recipe import InitSection, load_initial, run_recipe
 from nar_speech.train.recognition import TokenizerSection, Validator, make_frontend, make_tokenizer
-from nar_speech.train.verifier import VerifierSection, verifier_loss, verifier_tokens
+from nar_speech.train.verifier import VerifierSection, verifier_tokens
 from nar_speech.types import ModelCard
 
 
@@ -81,7 +82,7 @@ def losses(
     if config.verifier.weight > 0:
         rows, inputs, targets = verifier_tokens(text, batch.written, feats.device)
         memory, memory_lengths = trunk[rows], trunk_lengths[rows]
-        terms["loss_verifier"], terms["acc_verifier"] = verifier_loss(
+        terms["loss_verifier"], terms["acc_verifier"] = noisy_prefix_ce(
             lambda tokens: model.verifier(tokens, memory, memory_lengths),
             *(inputs, targets, noise, config.verifier.lsm_weight, generator),
         )

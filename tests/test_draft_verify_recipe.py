@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from nar_speech import config as configs
 from nar_speech.layers.whisper_decoder import WhisperDecoder, WhisperDecoderConfig
+from nar_speech.losses.noisy_prefix import noisy_prefix_ce
 from nar_speech.text.whisper_bpe import WhisperBpeTokenizer
 from nar_speech.train.recipe import run_recipe
 from nar_speech.train.report import read_log
-from nar_speech.train.verifier import verifier_loss, verifier_tokens
+from nar_speech.train.verifier import verifier_tokens
 from recipes import draft_verify
 from tests.corpus import make_manifest
 from tests.test_whisper_bpe import TREE
@@ -52,7 +53,7 @@ def test_noise_puts_guesses_into_the_text_and_nowhere_else():
     generator = torch.Generator().manual_seed(0)
     changed = torch.zeros_like(inputs, dtype=torch.bool)
     for _ in range(200):
-        verifier_loss(decode, inputs, targets, 0.9, 0.0, generator)
+        noisy_prefix_ce(decode, inputs, targets, 0.9, 0.0, generator)
         clean, noisy = seen[-2:]
         assert torch.equal(clean, inputs)
         assert (noisy[noisy != inputs] == guess).all()
@@ -63,7 +64,7 @@ def test_noise_puts_guesses_into_the_text_and_nowhere_else():
         assert all(changed[row, place] for place in text)
         assert not changed[row, :2].any()
     count = len(seen)
-    verifier_loss(decode, inputs, targets, 0.0, 0.0, generator)
+    noisy_prefix_ce(decode, inputs, targets, 0.0, 0.0, generator)
     assert len(seen) == count + 1  # without noise there is no first pass
 
 
@@ -73,7 +74,7 @@ def test_loss_is_the_sum_over_tokens_of_an_utterance():
     memory, lengths = torch.randn(2, 5, 16), torch.tensor([5, 3])
     _, inputs, targets = verifier_tokens(TOKENIZER, ["Turn it on", "Stop."])
     generator = torch.Generator().manual_seed(0)
-    loss, right = verifier_loss(lambda t: decoder(t, memory, lengths), inputs, targets, 0.0, 0.0, generator)
+    loss, right = noisy_prefix_ce(lambda t: decoder(t, memory, lengths), inputs, targets, 0.0, 0.0, generator)
     logits = decoder(inputs, memory, lengths)
     wanted = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-1

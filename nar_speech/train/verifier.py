@@ -1,8 +1,8 @@
-"""Training an autoregressive text decoder (the verifier of draft and verify) on a recogniser's encoder."""
+"""What an autoregressive text decoder (the verifier of draft and verify) is trained with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from nar_speech.data.batch import IGNORE
-from nar_speech.losses.label_smoothing import label_smoothed_ce
 from nar_speech.text.whisper_bpe import WhisperBpeTokenizer
 
 
@@ -57,42 +56,3 @@ def verifier_tokens(
             after = torch.tensor([*text, tokenizer.eot])
             targets[row, len(prompt) - 1 : len(prompt) - 1 + len(after)] = after
     return torch.tensor(rows, device=device), inputs.to(device), targets.to(device)
-
-
-def verifier_loss(
-    decode: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    targets: Tensor,
-    noise: float,
-    smoothing: float,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the next token, with a prefix that holds errors as drafts do.
-
-    Scheduled sampling in two parallel passes (Mihaylova and Martins 2019, arXiv 1906.07651): the first pass
-    guesses every token, the second one sees some of the guesses in the place of the truth.
-
-    Args:
-        decode: inputs (R, U) to logits (R, U, V).
-        inputs, targets: see :func:`verifier_tokens`.
-        noise: largest share of the text that is replaced.
-        smoothing: label smoothing.
-        generator: on the tensors' device.
-
-    Returns:
-        float32 scalars: loss per utterance (a sum over its tokens, as CTC's), and share of right tokens.
-    """
-    valid = targets != IGNORE
-    if noise > 0:
-        with torch.no_grad():
-            guesses = decode(inputs).argmax(-1)
-        share = noise * torch.rand(len(inputs), 1, device=inputs.device, generator=generator)
-        drawn = torch.rand(inputs.shape, device=inputs.device, generator=generator) < share
-        # The guess at place u is of the token at place u + 1; only places that hold text are replaced.
-        drawn[:, 1:] &= valid[:, :-1]
-        drawn[:, 0] = False
-        inputs = torch.where(drawn, guesses.roll(1, dims=1), inputs)
-    logits = decode(inputs)
-    loss = label_smoothed_ce(logits, targets, smoothing, False, IGNORE)
-    right = ((logits.argmax(-1) == targets) & valid).sum() / valid.sum().clamp(min=1)
-    return loss, right.float()

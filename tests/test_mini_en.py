@@ -25,7 +25,7 @@ from nar_speech.text.tokenizer import train_bpe
 RECIPE = Path(__file__).parent.parent / "egs" / "mini_en"
 MODULES = (
     "asterisk common export filter_speechocean make_cuts make_text prepare_eval prepare_real reserved "
-    "results score synthesize templates voices words books everyday find_books overlap"
+    "results score synthesize templates voices words books everyday find_books overlap development"
 )
 
 
@@ -379,7 +379,8 @@ def made_up_work(local, work: Path, names=("103-1240-0000", "118-1-0001", "200-1
         }
         rows.append(row | {"name": name, "duration": 1.0})
     local.common.write_jsonl(work / "synth" / "flite.0of1.jsonl", rows)
-    local.common.write_jsonl(work / "synth" / "text.jsonl", ({"text": text} for _, text in spoken))
+    written = [{"id": name, "text": text, "spoken": f"{text.capitalize()}."} for name, text in spoken]
+    local.common.write_jsonl(work / "synth" / "text.jsonl", written)
 
 
 def cuts(local, work: Path, monkeypatch, *words: str) -> list:
@@ -399,14 +400,22 @@ def test_manifests_of_training(local, tmp_path, monkeypatch):
     assert len({cut.id for cut in train}) == len(train)
     assert sum(cut.id.startswith("librispeech251") for cut in train) % 2 == 0
     assert train[0].load_audio().shape == (1, 16000)
-    assert (tmp_path / "bpe.model").stat().st_size > 0
+    written = {cut.supervisions[0].text: cut.supervisions[0].custom.get("written") for cut in train}
+    assert written["turn on the light"] == "Turn on the light."
+    pieces = (tmp_path / "bpe.model").read_bytes()
+    local.common.write_jsonl(
+        tmp_path / "synth" / "text.jsonl", [{"id": "x", "text": "quite other words", "spoken": "X."}]
+    )
     limited = cuts(local, tmp_path, monkeypatch, "--limit", f"synthetic_flite={1.5 / 3600}")
     assert sum(cut.id.startswith("synthetic") for cut in limited) == 1
+    assert (tmp_path / "bpe.model").read_bytes() == pieces  # weights that were trained with them stay valid
+    cuts(local, tmp_path, monkeypatch, "--vocab-size", "30")
+    assert (tmp_path / "bpe.model").read_bytes() != pieces
 
 
 def test_a_reserved_clip_stops_the_manifests(local, tmp_path, monkeypatch):
     made_up_work(local, tmp_path, names=("103-1240-0000", "1688-142285-0000"))
-    monkeypatch.setattr(local.make_cuts, "is_dev", lambda row: row["source"] == "ljspeech32")
+    monkeypatch.setattr(local.development, "is_dev", lambda row: row["source"] == "ljspeech32")
     with pytest.raises(local.reserved.ReservedDataError, match="1688-142285-0000"):
         cuts(local, tmp_path, monkeypatch)
     assert not (tmp_path / "cuts" / "train.jsonl.gz").exists()

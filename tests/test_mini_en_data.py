@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 RECIPE = Path(__file__).parent.parent / "egs" / "mini_en"
 MODULES = (
-    "asterisk books common everyday find_books make_cuts make_text overlap pack prepare_real reserved "
-    "templates words"
+    "asterisk books common development everyday find_books make_cuts make_text overlap pack prepare_real "
+    "reserved templates words"
 )
 
 

@@ -2,7 +2,9 @@
 
     python make_cuts.py --work work [--repeat librispeech251=3] [--limit synthetic_flite=3]
 
-Writes work/cuts/{train,dev,noise}.jsonl.gz, work/cuts/table.jsonl (hours by source) and work/bpe.model.
+Writes work/cuts/{train,dev,noise}.jsonl.gz, work/cuts/table.jsonl (hours by source) and work/bpe.model, which
+stays as it is where it has the wanted size: trained weights depend on it. It may be run again at any time,
+to take in speech that was made since.
 Development: ljspeech32, some speakers of librispeech251 and speechocean762, coffee orders and prompts. None
 of them is trained on, and their sentences are taken out of the synthetic speech.
 """
@@ -11,31 +13,12 @@ import argparse
 import random
 from pathlib import Path
 
-from common import hours, notice, read_16k, read_jsonl, share, write_flac, write_jsonl
+from common import hours, notice, read_16k, read_jsonl, write_flac, write_jsonl
+from development import split
+from overlap import held_out
 from reserved import check_not_reserved
 
-from nar_speech.text.tokenizer import train_bpe
-
-DEV_CLIPS = 40  # of a source at most, ljspeech32 aside
-
-
-def is_dev(row: dict) -> bool:
-    """Which real clips are for development; decided by name, so every machine makes the same choice."""
-    if row["source"] == "ljspeech32":
-        return True
-    if row["source"] in ("librispeech251", "speechocean762"):
-        return share(f"dev {row['speaker']}") < 0.05
-    return row["source"] in ("coffee_commands", "asterisk") and share(f"dev {row['name']}") < 0.05
-
-
-def split(real: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(train, dev); where a source has more than DEV_CLIPS of development the rest is left unused."""
-    train = [row for row in real if not is_dev(row)]
-    dev: list[dict] = []
-    for source in sorted({row["source"] for row in real}):
-        rows = [row for row in real if row["source"] == source and is_dev(row)]
-        dev += sorted(rows, key=lambda row: share(row["name"]))[:DEV_CLIPS]
-    return train, dev
+from nar_speech.text.tokenizer import BpeTokenizer, train_bpe
 
 
 def limited(rows: list[dict], most: dict[str, float], seed: int) -> list[dict]:
@@ -87,9 +70,11 @@ def write_cuts(path: Path, rows: list[dict], repeat: dict[str, int]) -> None:
     from lhotse import CutSet
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"part-{path.name}")
     CutSet.from_cuts(
         to_cut(row, copy) for row in rows for copy in range(repeat.get(row["source"], 1))
-    ).to_file(path)
+    ).to_file(part)
+    part.rename(path)  # at once: a training may be reading the old one
 
 
 def noise_cuts(args: argparse.Namespace) -> int:
@@ -138,6 +123,18 @@ def add_written(work: Path, rows: list[dict]) -> None:
         row.setdefault("written", real or spoken.get((row["name"], row["text"])))
 
 
+def word_pieces(work: Path, real: list[dict], size: int):
+    """The tokenizer work/bpe.model, trained where it isn't there or has another size."""
+    path = work / "bpe.model"
+    if path.exists():
+        known = BpeTokenizer(path)
+        if known.vocab_size == size:
+            return known
+    # All sentences, spoken yet or not: the pieces must not depend on how much speech was made.
+    texts = [row["text"] for row in real + read_jsonl(work / "synth" / "text.jsonl")]
+    return train_bpe(sorted(texts), size, path)
+
+
 def pairs(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     return name, float(value)
@@ -160,10 +157,12 @@ def main() -> None:
     )
     synth = load(args.work / "synth", sorted((args.work / "synth").glob("*.*of*.jsonl")))
     train, dev = split(real)
-    held = {row["text"] for row in dev if len(row["text"].split()) > 3}
+    held, guard = {row["text"] for row in dev if len(row["text"].split()) > 3}, held_out(args.work)
     # The prompts of speechocean762 and the coffee orders repeat by nature; prose must not.
     prose = [row for row in train + synth if row["source"] == "dctts_reader" or "synthetic" in row["source"]]
     known = {id(row) for row in prose if row["text"] in held}
+    known |= {id(row) for row in synth if guard.shares(row["text"])}
+    print(f"{len(known)} clips left out: their sentences are evaluated or validated")
     train = limited([row for row in train + synth if id(row) not in known], dict(args.limit), args.seed)
     train = likely(train, args.work / "cuts" / "speechocean_scores.jsonl", args.least_score)
     count = check_not_reserved(train, "training list")
@@ -172,9 +171,7 @@ def main() -> None:
     write_cuts(args.work / "cuts" / "train.jsonl.gz", train, repeat)
     write_cuts(args.work / "cuts" / "dev.jsonl.gz", dev, {})
     noises = noise_cuts(args)
-    # All sentences, spoken yet or not: the pieces must not depend on how much speech was made.
-    texts = [row["text"] for row in split(real)[0] + read_jsonl(args.work / "synth" / "text.jsonl")]
-    bpe = train_bpe(sorted(texts), args.vocab_size, args.work / "bpe.model")
+    bpe = word_pieces(args.work, split(real)[0], args.vocab_size)
     table = []
     for part, rows in (("train", train), ("dev", dev)):
         for source in sorted({row["source"] for row in rows}):

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common import read_jsonl
-from make_cuts import split
+from development import split
 
 SPAN = 6  # words in a row that a sentence must not share with a held-out transcript
 BOOK_SPAN = 10  # words in a row that show that a book is the one that was read out

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nar_speech.errors import ConfigError, InputError
+from nar_speech.layers.packed import pack_linear_layers
 from nar_speech.layers.whisper_decoder import WhisperDecoder, WhisperDecoderConfig
 
 VOCAB, SIZE = 50, 16
@@ -130,3 +131,18 @@ def test_impossible_numbers_are_refused():
         WhisperDecoderConfig(0)
     with pytest.raises(ConfigError, match="dropout"):
         WhisperDecoderConfig(10, dropout=1.0)
+
+
+@torch.inference_mode()
+def test_packed_decoder_gives_the_same_logits():
+    ids, memory, sizes = make_batch(5, [5, 9, 2], 12)
+    whole = DECODER(ids, memory, sizes)
+    packed = pack_linear_layers(make_decoder().untie())
+    assert not any(type(part) is torch.nn.Linear for part in packed.modules())
+    state = packed.start(memory, sizes)
+    first, state = packed.step(ids[:, :5], torch.tensor([5, 3, 0]), state)
+    torch.testing.assert_close(first[0], whole[0, :5], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(first[1, :3], whole[1, :3], atol=1e-5, rtol=1e-5)
+    later, _ = packed.step(torch.stack([ids[0, 5:11], ids[1, 3:9], ids[2, :6]]), torch.full((3,), 6), state)
+    for row, begin in enumerate((5, 3, 0)):
+        torch.testing.assert_close(later[row], whole[row, begin : begin + 6], atol=1e-5, rtol=1e-5)

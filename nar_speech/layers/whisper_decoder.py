@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar_speech.errors import ConfigError, InputError
+from nar_speech.layers.packed import linear_gelu, merge_linears
 from nar_speech.layers.sanm import make_keys, merge_heads, split_heads
 
 
@@ -104,27 +105,56 @@ class DecoderState:
 
 
 class WhisperCrossAttention(nn.Module):
-    """Multi-head attention of queries on keys and values that are given; the keys have no bias."""
+    """Multi-head attention of queries on keys and values that are projected apart; the keys have no bias."""
 
     def __init__(self, size: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.size, self.heads = size, heads
+        self.merged: nn.Module | None = None
         self.query = nn.Linear(size, size)
         self.key = nn.Linear(size, size, bias=False)
         self.value = nn.Linear(size, size)
         self.out = nn.Linear(size, size)
 
     def project(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, T, D / H) of (B, T, D)."""
-        return split_heads(self.key(source), self.heads), split_heads(self.value(source), self.heads)
+        """Keys and values (..., D) of (..., D)."""
+        if self.merged is None:
+            return self.key(source), self.value(source)
+        return self.merged(source).chunk(2, dim=-1)
 
-    def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False
     ) -> Tensor:
-        """(B, U, D) -> (B, U, D); ``mask`` (B, 1, U or 1, T) bool is true where attention may look."""
-        query = split_heads(self.query(x), self.heads)
-        context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal)
-        return self.out(merge_heads(context))
+        """Queries (B, U, D) on keys and values (B, H, T, D / H) -> (B, U, D), before the output's projection.
+
+        ``mask`` (B, 1, U or 1, T) bool is true where attention may look; None: everywhere.
+        """
+        query = split_heads(query, self.heads)
+        return merge_heads(
+            F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal)
+        )
+
+    def merge_projections(self) -> None:
+        """Make one product of the two projections of the audio, for inference."""
+        if self.merged is None:
+            self.merged = merge_linears([self.key, self.value])
+            del self.key, self.value
+
+
+class WhisperSelfAttention(WhisperCrossAttention):
+    """Multi-head attention of tokens on tokens."""
+
+    def project_all(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (..., D) of (..., D)."""
+        if self.merged is None:
+            return self.query(source), self.key(source), self.value(source)
+        return self.merged(source).chunk(3, dim=-1)
+
+    def merge_projections(self) -> None:
+        """Make one product of the three projections of the tokens, for inference."""
+        if self.merged is None:
+            self.merged = merge_linears([self.query, self.key, self.value])
+            del self.query, self.key, self.value
 
 
 class WhisperDecoderBlock(nn.Module):
@@ -134,7 +164,7 @@ class WhisperDecoderBlock(nn.Module):
         super().__init__()
         size = config.size
         self.dropout = config.dropout
-        self.attn = WhisperCrossAttention(size, config.heads)
+        self.attn = WhisperSelfAttention(size, config.heads)
         self.attn_ln = nn.LayerNorm(size)
         self.cross_attn = WhisperCrossAttention(size, config.heads)
         self.cross_attn_ln = nn.LayerNorm(size)
@@ -143,16 +173,14 @@ class WhisperDecoderBlock(nn.Module):
         )
         self.mlp_ln = nn.LayerNorm(size)
 
-    def finish(
-        self, x: Tensor, attended: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """What follows the attention on the tokens."""
-        x = x + self._drop(attended)
-        x = x + self._drop(self.cross_attn(self.cross_attn_ln(x), keys, values, mask))
-        return x + self._drop(self.mlp(self.mlp_ln(x)))
+    def add(self, x: Tensor, attention: WhisperCrossAttention, context: Tensor) -> Tensor:
+        """x with the output of an attention."""
+        return x + F.dropout(attention.out(context), self.dropout, self.training)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x with the output of the feed-forward part."""
+        inner = self.mlp[2](linear_gelu(self.mlp[0], self.mlp_ln(x)))
+        return x + F.dropout(inner, self.dropout, self.training)
 
 
 class WhisperDecoder(nn.Module):
@@ -165,6 +193,7 @@ class WhisperDecoder(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(config.max_tokens, config.size))
         self.blocks = nn.ModuleList(WhisperDecoderBlock(config) for _ in range(config.num_blocks))
         self.ln = nn.LayerNorm(config.size)
+        self.output: nn.Module | None = None
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
 
@@ -186,15 +215,32 @@ class WhisperDecoder(nn.Module):
         mask = make_keys(memory_lengths, memory.shape[1])
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         x = F.dropout(x, self.config.dropout, self.training)
+        heads = self.config.heads
         for block in self.blocks:
-            y = block.attn_ln(x)
-            attended = block.attn(y, *block.attn.project(y), None, causal=True)
-            x = block.finish(x, attended, *block.cross_attn.project(memory), mask)
+            query, *pair = block.attn.project_all(block.attn_ln(x))
+            context = block.attn.attend(
+                query, *(split_heads(part, heads) for part in pair), None, causal=True
+            )
+            x = block.add(x, block.attn, context)
+            query = block.cross_attn.query(block.cross_attn_ln(x))
+            pair = [split_heads(part, heads) for part in block.cross_attn.project(memory)]
+            x = block.add(x, block.cross_attn, block.cross_attn.attend(query, *pair, mask))
+            x = block.feed_forward(x)
         return self.logits(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(B, U, D) -> (B, U, V)."""
-        return F.linear(self.ln(x), self.token_embedding.weight)
+        """(..., D) -> (..., V)."""
+        x = self.ln(x)
+        return F.linear(x, self.token_embedding.weight) if self.output is None else self.output(x)
+
+    def untie(self) -> WhisperDecoder:
+        """Give the output a Linear layer of its own, of the same weights, that can be packed; for inference."""
+        if self.output is None:
+            size, vocab_size = self.config.size, self.config.vocab_size
+            self.output = nn.Linear(size, vocab_size, bias=False, device="meta")
+            self.output.weight = self.token_embedding.weight
+            self.output.train(self.training)
+        return self
 
     def start(self, memory: Tensor, memory_lengths: Tensor, room: int = 64) -> DecoderState:
         """State before the first token; the audio's keys and values are computed here, once.
@@ -204,8 +250,11 @@ class WhisperDecoder(nn.Module):
             memory_lengths: (B,) int64, at least 1.
             room: tokens for which buffers are made; they grow when needed.
         """
-        pairs = [block.cross_attn.project(memory) for block in self.blocks]
         heads = self.config.heads
+        pairs = [
+            [split_heads(part, heads).contiguous() for part in block.cross_attn.project(memory)]
+            for block in self.blocks
+        ]
         shape = (memory.shape[0], heads, min(room, self.config.max_tokens), self.config.size // heads)
         return DecoderState(
             tuple(memory.new_zeros(shape) for _ in pairs),
@@ -237,18 +286,23 @@ class WhisperDecoder(nn.Module):
             state = state.grow(max(needed, min(2 * state.room, self.config.max_tokens)))
         places = state.lengths[:, None] + torch.arange(new, device=tokens.device)
         mask = torch.arange(needed, device=tokens.device) <= places[:, None, :, None]
+        rows = _Rows(counts, new)
+        x = self.token_embedding(rows.pack(tokens))
+        x = x + self.positional_embedding[rows.pack(places)]
         index = places[:, None, :, None].expand(-1, self.config.heads, -1, state.keys[0].shape[-1])
-        x = self.token_embedding(tokens)
-        x = x + self.positional_embedding[places.clamp(max=self.config.max_tokens - 1)]
         for number, block in enumerate(self.blocks):
-            y = block.attn_ln(x)
-            keys, values = state.keys[number], state.values[number]
-            for buffer, part in zip((keys, values), block.attn.project(y), strict=True):
-                buffer.scatter_(2, index, part)
-            attended = block.attn(y, keys[:, :, :needed], values[:, :, :needed], mask)
+            query, *pair = block.attn.project_all(block.attn_ln(x))
+            buffers = state.keys[number], state.values[number]
+            for buffer, part in zip(buffers, pair, strict=True):
+                buffer.scatter_(2, index, split_heads(rows.unpack(part), self.config.heads))
+            keys, values = (buffer[:, :, :needed] for buffer in buffers)
+            context = block.attn.attend(rows.unpack(query), keys, values, mask)
+            x = block.add(x, block.attn, rows.pack(context))
+            query = rows.unpack(block.cross_attn.query(block.cross_attn_ln(x)))
             memory = state.memory_keys[number], state.memory_values[number], state.memory_mask
-            x = block.finish(x, attended, *memory)
-        return self.logits(x), replace(state, lengths=state.lengths + counts)
+            x = block.add(x, block.cross_attn, rows.pack(block.cross_attn.attend(query, *memory)))
+            x = block.feed_forward(x)
+        return rows.unpack(self.logits(x)), replace(state, lengths=state.lengths + counts)
 
     def _check(self, tokens: int) -> None:
         if tokens > self.config.max_tokens:
@@ -256,3 +310,23 @@ class WhisperDecoder(nn.Module):
                 f"{tokens} tokens are more than the {self.config.max_tokens} (max_tokens) that this Whisper"
                 " decoder can hold; cut the audio into shorter segments"
             )
+
+
+class _Rows:
+    """Takes padding out of (B, K, ...) tensors and puts it back, so that only attention computes it."""
+
+    def __init__(self, counts: Tensor, width: int):
+        self.shape = (len(counts), width)
+        valid = (torch.arange(width, device=counts.device) < counts[:, None]).flatten()
+        self.places = None if bool(valid.all()) else valid.nonzero()[:, 0]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, K, ...) -> (N, ...) without padding; as it is where there is none."""
+        return x if self.places is None else x.flatten(0, 1)[self.places]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The inverse; padding is zero."""
+        if self.places is None:
+            return x
+        padded = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
+        return padded.index_copy_(0, self.places, x).unflatten(0, self.shape)

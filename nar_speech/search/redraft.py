@@ -37,8 +37,8 @@ class TokenKinds:
 def continue_at(text: Sequence[int], draft: Sequence[int], kinds: TokenKinds) -> int:
     """Where ``draft`` goes on after ``text``: ``draft[:place]`` is the beginning that is nearest to ``text``.
 
-    By edit distance; a strange token rather replaces one of the draft than adds to it, and one that comes next
-    but one shows that one is left out.
+    By edit distance; a strange token rather replaces one of the draft than adds to it, unless it comes next
+    but one: then one is left out.
     """
     if not len(draft):
         return 0

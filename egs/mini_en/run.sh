@@ -12,9 +12,10 @@ python=${PYTHON:-python3}
 shared_data=""
 github=https://github.com
 jobs=2
-hours_piper=3
-hours_flite=2.5
-hours_kokoro=2
+hours_piper=12
+hours_flite=10
+hours_kokoro=4
+books=80000
 vocab_size=500
 heads_minutes=15
 train_minutes=70
@@ -25,6 +26,8 @@ filter_model=""
 filter_score=-2.5
 name=mini_en
 embed=false
+pack=""
+pack_mib=60
 seed=1
 extra=()
 
@@ -47,7 +50,10 @@ A stage that is finished is skipped; remove its marker in WORK/done to run it ag
   --github WHERE     server, or a folder of owner+name/repo mirrors (default $github)
   --jobs N           processes of the synthesis (default $jobs)
   --hours-piper H    hours of Piper joe (default $hours_piper), likewise --hours-flite ($hours_flite)
-                     and --hours-kokoro ($hours_kokoro)
+                     and --hours-kokoro ($hours_kokoro); on one core Piper makes 14 s of speech a second, flite 60,
+                     Kokoro 2.3
+  --books N          sentences of public-domain books that may be spoken (default $books, 0 leaves the books out,
+                     and with them the text of the language model)
   --vocab-size N     word pieces (default $vocab_size)
   --heads-minutes M  wall time of the first phase: branch and CTC head (default $heads_minutes)
   --train-minutes M  of the second phase: encoder, CTC and verifier (default $train_minutes)
@@ -57,6 +63,9 @@ A stage that is finished is skipped; remove its marker in WORK/done to run it ag
   --filter-model DIR model folder of an earlier run; stage 2 drops the speechocean762 clips whose transcript
                      it finds unlikely (default: none dropped)
   --filter-score S   mean log probability per token below which a clip is dropped (default $filter_score)
+  --pack DIR         stage 2 also packs the training audio as Opus into a few files of DIR, to be taken to another
+                     machine (local/pack.py unpack there; then --stage 3)
+  --pack-mib N       their size in MiB (default $pack_mib)
   --name NAME        of the model (default $name)
   --embed            stage 6 copies the model folder to nar_speech/assets/NAME
   --seed N           of sentences, voices and training (default $seed)
@@ -76,7 +85,7 @@ while [ $# -gt 0 ]; do
     --embed) embed=true && shift && continue ;;
     --) shift && extra=("$@") && break ;;
     --stage | --stop-stage | --work | --python | --shared-data | --github | --jobs | --hours-piper | --hours-flite | \
-      --hours-kokoro | --vocab-size | --heads-minutes | --train-minutes | --decoder-minutes | --verifier-size | --processes | --filter-model | --filter-score | --name | --seed) ;;
+      --hours-kokoro | --vocab-size | --heads-minutes | --train-minutes | --decoder-minutes | --verifier-size | --processes | --filter-model | --filter-score | --books | --pack | --pack-mib | --name | --seed) ;;
     *) fail "unknown option $option; --help lists them" ;;
   esac
   [ $# -ge 2 ] || fail "$option needs a value"
@@ -84,7 +93,7 @@ while [ $# -gt 0 ]; do
   printf -v "${key//-/_}" '%s' "$2"
   shift 2
 done
-for number in stage stop_stage jobs processes vocab_size verifier_size seed; do
+for number in stage stop_stage jobs books pack_mib processes vocab_size verifier_size seed; do
   [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number//_/-} must be a whole number, got '${!number}'"
 done
 for number in hours_piper hours_flite hours_kokoro heads_minutes train_minutes decoder_minutes; do
@@ -117,12 +126,21 @@ py() { "$python" "$here/local/$1.py" "${@:2}"; }
 recordings() { py prepare_real --work "$work" "${shared[@]}" --github "$github"; }
 evaluation() { py prepare_eval --work "$work" "${shared[@]}" --github "$github"; }
 
+# Text of a language model in lm/, and novel sentences for the voices.
+books_text() {
+  if [ "$books" = 0 ]; then return 0; fi
+  py find_books --work "$work" --github "$github" --spoken "$books" --jobs "$jobs" --seed "$seed"
+}
+
 sentences() {
-  local held=() prose=()
+  local held=() prose=() novels=()
   if [ -e "$work/real/ljspeech32.jsonl" ]; then held=(--held-out "$work/real/ljspeech32.jsonl"); fi
   py find_prose --work "$work" "${shared[@]}" --github "$github"
   if [ -e "$work/synth/prose.txt" ]; then prose=(--prose "$work/synth/prose.txt"); fi
-  py make_text "${prose[@]}" "${held[@]}" --seed "$seed" --out "$work/synth/text.jsonl"
+  if [ "$books" != 0 ] && [ -e "$work/synth/books.txt" ]; then
+    novels=(--books "$work/synth/books.txt" --books-count "$books")
+  fi
+  py make_text "${prose[@]}" "${novels[@]}" "${held[@]}" --work "$work" --seed "$seed" --out "$work/synth/text.jsonl"
 }
 
 # Every voice in $jobs processes; a run that was stopped goes on where it was.
@@ -162,6 +180,8 @@ manifests() {
   py make_cuts --work "$work" "${shared[@]}" --vocab-size "$vocab_size" --seed "$seed" "${filter[@]}" \
     --repeat librispeech251=3 dctts_reader=2 asterisk=2 synthetic_kokoro=2
 }
+
+packing() { py pack pack --work "$work" --out "$pack" --mib "$pack_mib" --jobs "$jobs" --seed "$seed"; }
 
 # train NAME MINUTES SETTING ...: one run of the recipe in work/exp/NAME with conf/NAME.yaml.
 train() {
@@ -210,11 +230,13 @@ if [ "$stage" -le 1 ]; then
 fi
 part 0 recordings recordings
 part 0 evaluation evaluation
+part 1 books books_text
 part 1 sentences sentences
 part 1 speech speech
 part 2 teacher teacher
 part 2 whisper whisper
 part 2 manifests manifests
+if [ -n "$pack" ]; then part 2 pack packing; fi
 part 3 heads heads
 part 3 joint joint
 part 3 decoder decoder

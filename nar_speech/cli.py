@@ -117,7 +117,10 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache-dir", help="where downloaded models lie (default: $NAR_SPEECH_CACHE)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     group.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "int8"), help="int8: CPU only"
+        "--dtype",
+        default="float32",
+        choices=("auto", "float32", "bfloat16", "int8"),
+        help="auto: what this processor computes fastest; int8: CPU only",
     )
     group.add_argument("--threads", type=_threads, metavar="N", help="CPU threads of PyTorch")
 

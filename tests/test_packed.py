@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nar_speech.errors import InputError
-from nar_speech.layers.packed import PackedLinear, keep_plain, linear_relu, pack_linear_layers
+from nar_speech.layers.packed import (
+    PackedLinear,
+    keep_plain,
+    linear_gelu,
+    linear_relu,
+    merge_linears,
+    pack_linear_layers,
+)
 from nar_speech.layers.quantize import Int8Linear, quantize_dynamic_int8
+from nar_speech.layers.whisper import WhisperEncoder, WhisperEncoderConfig
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 
@@ -25,6 +33,9 @@ def test_equals_the_plain_layer(rows, inputs, outputs, bias):
     torch.testing.assert_close(packed(x), linear(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(packed(x[0, 0]), linear(x[0, 0]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(linear_relu(packed, x), linear(x).relu(), atol=1e-5, rtol=1e-5)
+    gelu = nn.functional.gelu(linear(x))
+    torch.testing.assert_close(linear_gelu(packed, x), gelu, atol=1e-5, rtol=1e-5)
+    assert torch.equal(linear_gelu(linear, x), gelu)
 
 
 def test_views_and_empty_inputs():
@@ -52,6 +63,7 @@ def test_packs_all_linear_layers_and_copies():
     x = torch.randn(3, 8)
     with torch.no_grad():
         torch.testing.assert_close(net(x), plain(x))
+        assert torch.equal(copy.deepcopy(net)(x), net(x))
     assert isinstance(pack_linear_layers(nn.Linear(4, 2).eval()), PackedLinear)
 
 
@@ -91,3 +103,32 @@ def test_linear_relu_of_a_plain_layer_has_the_right_gradients():
         return linear_relu(lambda x: nn.functional.linear(x, weight, bias), x)
 
     assert torch.autograd.gradcheck(function, (x, *linear.parameters()))
+
+
+def test_merged_layers_give_the_parts_side_by_side():
+    parts = [nn.Linear(8, 4), nn.Linear(8, 3, bias=False), nn.Linear(8, 5)]
+    x = torch.randn(2, 6, 8)
+    merged = merge_linears(parts)
+    want = torch.cat([part(x) for part in parts], dim=-1)
+    torch.testing.assert_close(merged(x), want)
+    assert (merged.in_features, merged.out_features) == (8, 12)
+    assert not any(p.requires_grad for p in merged.parameters())
+
+
+@pytest.mark.parametrize("lengths", [(61, 61), (61, 40)])
+def test_a_packed_whisper_encoder_gives_the_same(lengths):
+    torch.manual_seed(0)
+    config = WhisperEncoderConfig(32, 2, 64, 2, 50, branch_blocks=1, branch_stride=2)
+    plain = WhisperEncoder(10, config).eval()
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x, lengths = torch.randn(2, 61, 10), torch.tensor(lengths)
+    with torch.inference_mode():
+        packed = pack_linear_layers(copy.deepcopy(plain))
+        assert {type(b.attn.merged) for b in (*packed.blocks, *packed.branch.blocks)} == {PackedLinear}
+        torch.testing.assert_close(packed(x, lengths)[0], plain(x, lengths)[0], atol=1e-5, rtol=1e-5)
+        small = quantize_dynamic_int8(copy.deepcopy(plain))
+        assert isinstance(small.blocks[0].attn.merged, Int8Linear)
+        error = (small(x, lengths)[0] - plain(x, lengths)[0]).norm() / plain(x, lengths)[0].norm()
+        assert 0 < error < 0.05
+    assert plain.blocks[0].attn.merged is None

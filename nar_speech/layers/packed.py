@@ -6,7 +6,11 @@ AMD processors to one that is not tuned for them. Here oneDNN gets the weights i
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar_speech.errors import InputError
@@ -28,15 +32,43 @@ def pack_linear_layers(module: nn.Module) -> nn.Module:
     """
     if module.training or not torch.backends.mkldnn.is_available():
         return module
+    return _pack(merge_projections(module))
+
+
+def _pack(module: nn.Module) -> nn.Module:
     if is_replaceable(module):
         weight = module.weight
         fits = weight.device.type == "cpu" and weight.dtype in DTYPES and weight.numel() > 0
         return PackedLinear(module) if fits else module
     for name, child in module.named_children():
-        new = pack_linear_layers(child)
+        new = _pack(child)
         if new is not child:
             setattr(module, name, new)
     return module
+
+
+def merge_projections(module: nn.Module) -> nn.Module:
+    """Let the layers inside ``module`` that have a method ``merge_projections`` make one product of several.
+
+    For inference: the names of the parameters change. Returns ``module``, changed in place.
+    """
+    for part in module.modules():
+        if part is not module and hasattr(part, "merge_projections"):
+            part.merge_projections()
+    return module
+
+
+def merge_linears(linears: Sequence[nn.Linear]) -> nn.Linear:
+    """One layer with the outputs of several side by side; those of the same input, with or without bias."""
+    first = linears[0]
+    merged = nn.Linear(first.in_features, sum(linear.out_features for linear in linears), device="meta")
+    merged.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]), False)
+    biases = [
+        linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+        for linear in linears
+    ]
+    merged.bias = nn.Parameter(torch.cat(biases), False)
+    return merged.train(first.training)
 
 
 def keep_plain(linear: nn.Module) -> None:
@@ -63,6 +95,9 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.dtype}"
 
+    def __deepcopy__(self, memo: dict) -> PackedLinear:
+        return copy_around(self, self.packed, memo)
+
     def _apply(self, fn, recurse=True):
         """Refuse what ``to()`` can't do to a packed weight; do nothing where nothing would change."""
         probe = fn(torch.empty(0, dtype=self.dtype))
@@ -74,10 +109,20 @@ class PackedLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
-        """(..., in_features) -> (..., out_features), no gradient. ``activation``: "none" or "relu"."""
+        """(..., in_features) -> (..., out_features), no gradient. ``activation``: "none", "relu", "gelu"."""
         if x.numel() == 0:
             return x.new_zeros(*x.shape[:-1], self.out_features)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, activation, [], "")
+        kind = "none" if activation == "gelu" else ""  # the exact one, not the tanh approximation
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, activation, [], kind)
+
+
+def copy_around(module: nn.Module, packed: Tensor, memo: dict) -> nn.Module:
+    """A deep copy of ``module`` that shares a packed weight, which can't be copied and never changes."""
+    memo[id(packed)] = packed
+    new = module.__new__(type(module))
+    memo[id(module)] = new
+    new.__dict__ = copy.deepcopy(module.__dict__, memo)
+    return new
 
 
 def linear_relu(linear: nn.Module, x: Tensor) -> Tensor:
@@ -85,3 +130,8 @@ def linear_relu(linear: nn.Module, x: Tensor) -> Tensor:
     if isinstance(linear, PackedLinear):
         return linear(x, "relu")
     return torch.relu_(linear(x))  # in place: neither backward pass needs the value before
+
+
+def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
+    """gelu(linear(x)), the exact function; in one step where ``linear`` is packed."""
+    return linear(x, "gelu") if isinstance(linear, PackedLinear) else F.gelu(linear(x))

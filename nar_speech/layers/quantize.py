@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from nar_speech.errors import InputError
-from nar_speech.layers.packed import PackedLinear, is_replaceable
+from nar_speech.layers.packed import PackedLinear, copy_around, is_replaceable, merge_projections
 
 SMALLEST_OUTPUT = 16  # narrower layers (CIF's weight of a frame) gain no time and decide too much
-ENGINE = "fbgemm"
+ZERO = 128  # the unsigned byte that stands for zero: oneDNN's kernels are written for unsigned activations
 TINY = 1e-12
+
+
+def int8_available() -> bool:
+    """Whether this PyTorch has int8 kernels for this CPU."""
+    return torch.backends.mkldnn.is_available() and "x86" in torch.backends.quantized.supported_engines
 
 
 def quantize_dynamic_int8(module: nn.Module) -> nn.Module:
@@ -42,9 +47,9 @@ def quantize_dynamic_int8(module: nn.Module) -> nn.Module:
         raise InputError("dtype int8: is for inference only; call eval() on the model first")
     if any(isinstance(m, PackedLinear) for m in module.modules()):
         raise InputError("dtype int8: this model was used in another dtype before; load it again")
-    if ENGINE not in torch.backends.quantized.supported_engines:
+    if not int8_available():
         raise InputError("dtype int8: this PyTorch has no int8 kernels for this CPU; use float32")
-    return _replace(module.float())
+    return _replace(merge_projections(module.float()))
 
 
 def _replace(module: nn.Module) -> nn.Module:
@@ -67,20 +72,17 @@ class Int8Linear(nn.Module):
         bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach().float().clone()
         self.register_buffer("bias", bias, persistent=False)
         scale = (weight.abs().amax(dim=1) / 127).clamp_min(TINY)
-        integers = torch.quantize_per_channel(
-            weight, scale.double(), torch.zeros(len(weight), dtype=torch.int64), 0, torch.qint8
-        )
-        engine = torch.backends.quantized.engine
-        try:
-            torch.backends.quantized.engine = ENGINE  # decides the layout of the packed weight
-            self.packed = torch.ops.quantized.linear_prepack(integers, None)
-        finally:
-            torch.backends.quantized.engine = engine
+        self.scale, self.zeros = scale, torch.zeros(len(weight), dtype=torch.int64)
+        integers = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.packed = torch.ops.onednn.qlinear_prepack(integers, None)
         # Without VNNI instructions sums of two products saturate at 16 bit unless activations have 7 bit.
         self.levels = 127 if torch.cpu._is_vnni_supported() else 63
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def __deepcopy__(self, memo: dict) -> Int8Linear:
+        return copy_around(self, self.packed, memo)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) float -> (..., out_features) of the same dtype.
@@ -94,8 +96,11 @@ class Int8Linear(nn.Module):
         if x.numel() == 0:
             return x.new_zeros(shape)
         rows = x.reshape(-1, self.in_features).float()
-        peak = rows.abs().amax(dim=1, keepdim=True).clamp_min_(TINY)
-        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            rows / peak, 1.0 / self.levels, self.levels + 1, self.packed
+        step = rows.abs().amax(dim=1, keepdim=True).clamp_min_(TINY).div_(self.levels)
+        # Adding a half makes the cut to an integer a rounding; all values are positive here.
+        integers = (rows / step).add_(ZERO + 0.5).to(torch.uint8)
+        weight = self.packed, self.scale, self.zeros
+        y = torch.ops.onednn.qlinear_pointwise(
+            integers, 1.0, ZERO, *weight, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        return torch.addcmul(self.bias.float(), y, peak).view(shape).to(x.dtype)
+        return torch.addcmul(self.bias.float(), y, step).view(shape).to(x.dtype)

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nar_speech.config import MAX_BLOCKS, MAX_WIDTH, check_range
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.layers.intermediate import Tap
+from nar_speech.layers.packed import linear_gelu, merge_linears
 from nar_speech.layers.sanm import make_keys, merge_heads, split_heads
 
 
@@ -51,6 +53,9 @@ class WhisperEncoderConfig:
     branch_stride: int = 1
 
     def __post_init__(self):
+        check_range(self, 1, MAX_WIDTH, "output_size", "attention_heads", "linear_units", "max_positions")
+        check_range(self, 1, MAX_BLOCKS, "num_blocks")
+        check_range(self, 0, MAX_BLOCKS, "branch_blocks")
         if self.attention_heads < 1 or self.output_size % self.attention_heads:
             raise ConfigError(
                 f"attention_heads: {self.attention_heads} does not divide the output_size {self.output_size}"
@@ -76,17 +81,26 @@ class WhisperAttention(nn.Module):
         self.key = nn.Linear(size, size, bias=False)
         self.value = nn.Linear(size, size)
         self.out = nn.Linear(size, size)
+        self.merged: nn.Module | None = None
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); ``keys`` (B, 1, 1, T) bool is true where attention may look, None: all."""
+        if self.merged is None:
+            projected = self.query(x), self.key(x), self.value(x)
+        else:
+            projected = self.merged(x).chunk(3, dim=-1)
         context = F.scaled_dot_product_attention(
-            split_heads(self.query(x), self.heads),
-            split_heads(self.key(x), self.heads),
-            split_heads(self.value(x), self.heads),
+            *(split_heads(part, self.heads) for part in projected),
             attn_mask=keys,
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.out(merge_heads(context))
+
+    def merge_projections(self) -> None:
+        """Make one product of the three projections of the input, for inference."""
+        if self.merged is None:
+            self.merged = merge_linears([self.query, self.key, self.value])
+            del self.query, self.key, self.value
 
 
 class WhisperBlock(nn.Module):
@@ -106,7 +120,8 @@ class WhisperBlock(nn.Module):
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         x = x + F.dropout(self.attn(self.attn_ln(x), keys), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.mlp_ln(x)), self.dropout, self.training)
+        inner = self.mlp[2](linear_gelu(self.mlp[0], self.mlp_ln(x)))
+        return x + F.dropout(inner, self.dropout, self.training)
 
 
 class WhisperBranch(nn.Module):

@@ -95,7 +95,8 @@ class Transcriber:
     Args:
         decoding: how outputs become text.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``float32``, ``bfloat16`` or (CPU only) ``int8``.
+        dtype: ``float32``, ``bfloat16`` or (CPU only) ``int8``; ``auto``: the fastest on this processor, see
+            :func:`nar_speech.layers.processor.fastest_dtype`.
 
     Raises:
         ConfigError: a device that is not there, an unknown dtype, int8 on a GPU, a decoder the model lacks.
@@ -113,7 +114,9 @@ class Transcriber:
     ):
         self.card, self.decoding = card, decoding or DecodingConfig()
         choose(network, self.decoding)
-        place, kind = pick_device(device), pick_dtype(dtype)
+        place = pick_device(device)
+        dtype = resolve_dtype(dtype, place)
+        kind = pick_dtype(dtype)
         if dtype == "int8":
             if place.type != "cpu":
                 raise ConfigError("dtype 'int8': runs on the CPU only; use --device cpu, or bfloat16")
@@ -415,6 +418,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """``name``, or what ``auto`` stands for on this device."""
+    if name != "auto":
+        return name
+    from nar_speech.layers.processor import fastest_dtype
+
+    return fastest_dtype(device)
+
+
 def pick_dtype(name: str) -> torch.dtype:
     """The dtype of activations: int8 models compute in float32 between their integer products.
 
@@ -429,7 +441,7 @@ def pick_dtype(name: str) -> torch.dtype:
         "int8": torch.float32,
     }
     if name not in kinds:
-        raise ConfigError(f"dtype: got '{name}'; valid values: float32, bfloat16, int8")
+        raise ConfigError(f"dtype: got '{name}'; valid values: auto, float32, bfloat16, int8")
     return kinds[name]
 
 

@@ -134,6 +134,14 @@ def _decoding_options(parser: argparse.ArgumentParser) -> None:
     lm.add_argument("--no-lm", action="store_true", help="ctc_beam without the model's own language model")
     group.add_argument("--lm-weight", type=float, metavar="X", help="weight of the language model")
     group.add_argument("--word-bonus", type=float, metavar="X", help="added per word with a language model")
+    group.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="let the model's verifier check the text and write it with case and punctuation",
+    )
+    group.add_argument(
+        "--max-passes", type=_positive(int), metavar="N", help="of the verifier; fewer: faster"
+    )
     group.add_argument("--hotwords", metavar="FILE|WORDS", help="a file with one a line, or a,b,c")
     group.add_argument("--hotword-score", type=float, metavar="X", help="bonus per token in ctc_beam")
     group.add_argument("--language", help="language of the speech, where the model can be told")
@@ -157,7 +165,8 @@ def _load(options: argparse.Namespace, **decoding: Any) -> Transcriber:
         decoding.update(lm=options.lm, decoder="ctc_beam")
     elif options.no_lm:
         decoding["lm"] = None
-    for name in ("decoder", "beam", "lm_weight", "word_bonus", "hotword_score", "language", "textnorm"):
+    names = ("decoder", "beam", "lm_weight", "word_bonus", "hotword_score", "language", "textnorm")
+    for name in (*names, "verify", "max_passes"):
         value = getattr(options, name)
         if value is not None:
             decoding[name] = value

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nar_speech.features import Frontend
-    from nar_speech.model_folder import DecodingConfig
+    from nar_speech.model_folder import DecodingConfig, VerifierConfig
     from nar_speech.pipelines.transcribe import Transcriber
     from nar_speech.text.tokenizer import Tokenizer
 
@@ -60,6 +60,7 @@ class LoadedModel:
     decoding: DecodingConfig
     folder: Path
     layout: Layout
+    verifier: VerifierConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def import_model(
     Raises:
         HubError: ``target`` has files in it, or can't be written. Else as :func:`load_parts`.
     """
-    from nar_speech.model_folder import write_model_folder
+    from nar_speech.model_folder import copy_verifier, write_model_folder
 
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -210,7 +211,7 @@ def import_model(
     folder = resolve(source, cache_dir, offline)
     model = load_parts(folder)
     try:
-        return write_model_folder(
+        write_model_folder(
             target,
             model.network,
             model.card,
@@ -220,6 +221,9 @@ def import_model(
             model.decoding,
             cmvn_from=folder,
         )
+        if model.verifier is not None:
+            copy_verifier(folder, target)
+        return target
     except OSError as error:
         raise HubError(f"{target}: can't write ({error.strerror or error}); check path and space") from error
 
@@ -327,7 +331,7 @@ def _load_own(folder: Path) -> LoadedModel:
     load_strict(network, read_weights(folder / WEIGHTS_FILE), where=folder / WEIGHTS_FILE)
     network.eval().requires_grad_(False)
     decoding = find_lm(file.decoding, folder)
-    return LoadedModel(network, frontend, tokenizer, file.card, decoding, folder, "nar_speech")
+    return LoadedModel(network, frontend, tokenizer, file.card, decoding, folder, "nar_speech", file.verifier)
 
 
 def _network_class(name: str, where: Path) -> tuple[type, Callable[[Any], nn.Module]]:

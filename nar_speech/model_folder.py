@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nar_speech import config as configs
 from nar_speech.checkpoint import save_safetensors, sha256
+from nar_speech.compress import compress
 from nar_speech.errors import CheckpointError, ConfigError
 from nar_speech.features import FrontendConfig
 from nar_speech.text.tokenizer import Tokenizer, TokenizerConfig
@@ -79,6 +80,9 @@ class DecodingConfig:
         hotwords: words or phrases to favour.
         hotword_score: natural-log bonus per hotword token in ``ctc_beam``.
         language, textnorm: prompts of SenseVoice; ``withitn`` asks for punctuation and digits.
+        verify: whether the model's verifier checks the text and writes it with case and punctuation.
+        max_passes: of the verifier over a segment; None: as many as it takes, then the text is that of its
+            own greedy search.
         segments: how recordings are cut.
     """
 
@@ -96,6 +100,8 @@ class DecodingConfig:
     hotword_score: float = 3.0
     language: str = "auto"
     textnorm: Literal["withitn", "woitn"] = "woitn"
+    verify: bool = False
+    max_passes: int | None = None
     segments: SegmentConfig = field(default_factory=SegmentConfig)
 
     def __post_init__(self) -> None:
@@ -106,10 +112,37 @@ class DecodingConfig:
             raise ConfigError(f"lm_weight: got {self.lm_weight:g}; must not be negative")
         if self.unknown_word > 0:
             raise ConfigError(f"unknown_word: got {self.unknown_word:g}; it is a penalty, at most 0")
+        if self.max_passes is not None and self.max_passes < 1:
+            raise ConfigError(f"max_passes: got {self.max_passes}; must be at least 1")
         if self.lm == "":
             raise ConfigError("lm: the name is empty; name a file, or leave the key out")
         if self.blank_skip is not None and not 0 < self.blank_skip < 1:
             raise ConfigError(f"blank_skip: got {self.blank_skip:g}; must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class VerifierConfig:
+    """The ``verifier`` part of a model: an autoregressive text decoder on the model's encoder.
+
+    Args:
+        tokenizer: of kind ``whisper_bpe``.
+        network: numbers of :class:`nar_speech.layers.whisper_decoder.WhisperDecoderConfig`.
+        weights: file in the model folder; float16, or int8 with scales (:mod:`nar_speech.compress`).
+        tokens_per_second, extra_tokens: longest text of an utterance.
+    """
+
+    tokenizer: TokenizerConfig
+    network: dict[str, Any]
+    weights: str = "verifier.safetensors"
+    tokens_per_second: float = 12.0
+    extra_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tokens_per_second < 1000 or self.extra_tokens < 0:
+            raise ConfigError(
+                f"verifier: tokens_per_second {self.tokens_per_second:g} must be above 0 and extra_tokens"
+                f" {self.extra_tokens} not negative"
+            )
 
 
 @dataclass(frozen=True)
@@ -121,6 +154,7 @@ class ModelFile:
     tokenizer: TokenizerConfig
     frontend: FrontendConfig = field(default_factory=FrontendConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    verifier: VerifierConfig | None = None
     sha256: dict[str, str] = field(default_factory=dict)
 
 
@@ -170,7 +204,7 @@ def write_model_folder(
         decoding = replace(decoding, lm=name)
         files.append(name)
     sums = {name: sha256(folder / name) for name in files}
-    tree = ModelFile(card, configs.to_dict(network), tokenizer_config, frontend, decoding, sums)
+    tree = ModelFile(card, configs.to_dict(network), tokenizer_config, frontend, decoding, sha256=sums)
     _write_model_file(tree, folder)
     return folder
 
@@ -199,6 +233,49 @@ def change_model_decoding(folder: str | Path, **options: Any) -> ModelFile:
     tree = replace(file, decoding=decoding, sha256=sums)
     _write_model_file(tree, folder)
     return tree
+
+
+def add_verifier(
+    folder: str | Path,
+    weights: nn.Module | Mapping[str, Tensor],
+    network: Any,
+    tokenizer: Tokenizer,
+    store: Literal["float16", "int8"] = "int8",
+    **options: Any,
+) -> ModelFile:
+    """Give a model folder a verifier; returns the new ``model.yaml``.
+
+    Args:
+        weights: of a :class:`nar_speech.layers.whisper_decoder.WhisperDecoder`.
+        network: its configuration dataclass.
+        tokenizer: of kind ``whisper_bpe``.
+        store: how the weights are written (:mod:`nar_speech.compress`).
+        options: other fields of :class:`VerifierConfig`.
+    """
+    folder = Path(folder)
+    file = read_model_file(folder)
+    config = VerifierConfig(tokenizer.save(folder), configs.to_dict(network), **options)
+    tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    save_safetensors(folder / config.weights, compress(tensors, store))
+    names = (config.weights, config.tokenizer.file)
+    sums = {**file.sha256, **{name: sha256(folder / name) for name in names}}
+    tree = replace(file, verifier=config, sha256=sums)
+    _write_model_file(tree, folder)
+    return tree
+
+
+def copy_verifier(source: str | Path, target: str | Path) -> None:
+    """Copy the verifier of a model folder, if it has one, into another folder of the same model."""
+    source, target = Path(source), Path(target)
+    config = read_model_file(source).verifier
+    if config is None:
+        return
+    file = read_model_file(target)
+    sums = dict(file.sha256)
+    for name in (config.weights, config.tokenizer.file):
+        _bring(source / name, target / name, "verifier")
+        sums[name] = sha256(target / name)
+    _write_model_file(replace(file, verifier=config, sha256=sums), target)
 
 
 def find_lm(decoding: DecodingConfig, folder: str | Path) -> DecodingConfig:

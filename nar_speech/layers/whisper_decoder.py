@@ -234,7 +234,7 @@ class WhisperDecoder(nn.Module):
         return F.linear(x, self.token_embedding.weight) if self.output is None else self.output(x)
 
     def untie(self) -> WhisperDecoder:
-        """Give the output a Linear layer of its own, of the same weights, that can be packed; for inference."""
+        """Make the output a Linear layer of its own, with the same weights, to be packed; for inference."""
         if self.output is None:
             size, vocab_size = self.config.size, self.config.vocab_size
             self.output = nn.Linear(size, vocab_size, bias=False, device="meta")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from nar_speech.errors import ConfigError, InputError, NarSpeechError
 from nar_speech.features import Frontend
 from nar_speech.layers.cif import CifOutput
 from nar_speech.layers.packed import pack_linear_layers
+from nar_speech.layers.whisper import WhisperEncoder
 from nar_speech.model_folder import DecodingConfig
 from nar_speech.models.ctc import CtcModel
 from nar_speech.models.paraformer import BLANK, EOS, Paraformer
@@ -37,6 +38,9 @@ from nar_speech.text.timestamps import token_times
 from nar_speech.text.tokenizer import Tokenizer
 from nar_speech.types import Hypothesis
 
+if TYPE_CHECKING:
+    from nar_speech.pipelines.verify import Verified, Verifier
+
 LM_CANDIDATES, LM_FLOOR = 24, 9.0  # of prefix_beam with a language model
 MIN_SECONDS = 0.2  # shorter clips are followed by silence: subsampling encoders need some frames
 Times: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]  # starts and ends
@@ -54,6 +58,7 @@ class Recognized:
     ends: tuple[float, ...] = ()
     nbest: tuple[Hypothesis, ...] = ()
     tags: tuple[str, ...] = ()
+    verified: Verified | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,8 @@ class Recognizer:
         self.frontend = frontend.to(device).eval()
         self.tokenizer, self.device, self.dtype = tokenizer, device, dtype
         self._lms = LanguageModels(tokenizer)
+        self.load_verifier: Callable[[], Verifier] | None = None  # called when first needed
+        self._verifier: Verifier | None = None
         self.sample_rate = frontend.config.sample_rate
         self.frame_seconds = frontend.frame_shift * float(
             network.encoder.frame_stride if hasattr(network, "encoder") else 1
@@ -177,6 +184,18 @@ class Recognizer:
             ConfigError: a bad file, or one that does not suit the tokenizer.
         """
         return None if decoding.lm is None else self._lms(decoding)
+
+    def verifier(self) -> Verifier:
+        """What checks the text, read when it is first asked for.
+
+        Raises:
+            ConfigError: the model has none, or a bad one.
+        """
+        if self._verifier is None:
+            if self.load_verifier is None:
+                raise ConfigError("verify: this model has no verifier; leave the option out")
+            self._verifier = self.load_verifier()
+        return self._verifier
 
     def features(self, waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """(B, T, F) features and (B,) lengths of (N,) float32 waveforms, on the device."""
@@ -209,8 +228,20 @@ class Recognizer:
         decoder = choose(self.network, decoding)
         feats, lengths = self.features(waves)
         durations = [len(wave) / self.sample_rate for wave in waves]
-        family = self._paraformer if isinstance(self.network, Paraformer) else self._ctc
-        return family(feats, lengths, durations, decoder, decoding, bias, times)
+        if not isinstance(self.network, Paraformer):
+            return self._ctc(feats, lengths, durations, decoder, decoding, bias, times)
+        if not decoding.verify:
+            encoded, lengths = self.network.encode(feats, lengths)
+            return self._paraformer(encoded, lengths, durations, decoder, decoding, bias, times)
+        # Both read the same encoder; where it has a branch, the verifier reads the trunk.
+        encoder = self.network.encoder
+        if isinstance(encoder, WhisperEncoder):
+            memory = encoder.trunk(feats, lengths)
+            encoded, lengths = encoder.finish(*memory)
+        else:
+            memory = encoded, lengths = self.network.encode(feats, lengths)
+        found = self._paraformer(encoded, lengths, durations, decoder, decoding, bias, times)
+        return self._verify(found, *memory, durations, decoding, times)
 
     @torch.inference_mode()
     def analyse(self, wave: np.ndarray, decoding: DecodingConfig) -> Analysis:
@@ -236,9 +267,29 @@ class Recognizer:
             getattr(self.network.config, "blank", BLANK),
         )
 
+    def _verify(
+        self,
+        found: list[Recognized],
+        memory: Tensor,
+        lengths: Tensor,
+        durations: list[float],
+        decoding: DecodingConfig,
+        times: bool,
+    ) -> list[Recognized]:
+        """Let the verifier check every draft; ``memory`` (B, T, D) is what it reads."""
+        verifier = self.verifier()
+        drafts = [self.tokenizer.decode(item.ids) for item in found]
+        texts = verifier(memory, lengths, drafts, durations, decoding.max_passes)
+        items = []
+        for item, text, duration in zip(found, texts, durations, strict=True):
+            timed = times and len(item.starts) == len(item.ids)
+            words = self.tokenizer.words(item.ids, item.starts, item.ends, item.confidences) if timed else ()
+            items.append(replace(item, verified=verifier.describe(text, words, duration, times)))
+        return items
+
     def _paraformer(
         self,
-        feats: Tensor,
+        encoded: Tensor,
         lengths: Tensor,
         durations: list[float],
         decoder: str,

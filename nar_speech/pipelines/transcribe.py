@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from nar_speech.audio import AudioSource, read_blocks
 from nar_speech.errors import AudioError, ConfigError, InputError, NarSpeechError
 from nar_speech.features import Frontend
 from nar_speech.hub import LoadedModel, load_parts
-from nar_speech.model_folder import DecodingConfig
+from nar_speech.model_folder import DecodingConfig, VerifierConfig
+from nar_speech.models.paraformer import Paraformer
 from nar_speech.models.sensevoice import LANGUAGES, SenseVoice
 from nar_speech.pipelines.recognize import (
     BEAMS,
@@ -37,6 +38,9 @@ from nar_speech.pipelines.segment import Piece, Segmenter
 from nar_speech.pipelines.writers import join_texts
 from nar_speech.text.tokenizer import Tokenizer
 from nar_speech.types import ModelCard, Segment, Token, Transcript
+
+if TYPE_CHECKING:
+    from nar_speech.pipelines.verify import Verifier
 
 # fmt: off
 AUDIO_SUFFIXES = frozenset((
@@ -134,7 +138,10 @@ class Transcriber:
     ) -> Transcriber:
         """From what :func:`nar_speech.hub.load_parts` read; ``options`` replace fields of its decoding."""
         decoding = change_decoding(model.decoding, options)
-        return cls(model.network, model.frontend, model.tokenizer, model.card, decoding, device, dtype)
+        new = cls(model.network, model.frontend, model.tokenizer, model.card, decoding, device, dtype)
+        if model.verifier is not None:
+            new._offer_verifier(model.folder, model.verifier)
+        return new
 
     @classmethod
     def from_folder(
@@ -142,6 +149,20 @@ class Transcriber:
     ) -> Transcriber:
         """From a model folder of any supported layout."""
         return cls.from_parts(load_parts(folder), device, dtype, **options)
+
+    def _offer_verifier(self, folder: Path, config: VerifierConfig) -> None:
+        """Let the recogniser read the verifier when it is first needed."""
+        if not isinstance(self.recognizer.network, Paraformer):
+            raise ConfigError(f"{folder}: verifier: only models of the Paraformer family can have one")
+
+        def load() -> Verifier:
+            from nar_speech.layers.quantize import Int8Linear
+            from nar_speech.pipelines.verify import Verifier
+
+            int8 = any(isinstance(part, Int8Linear) for part in self.recognizer.network.modules())
+            return Verifier.load(folder, config, self.device, self.recognizer.dtype, int8)
+
+        self.recognizer.load_verifier = load
 
     @property
     def sample_rate(self) -> int:
@@ -228,6 +249,8 @@ class Transcriber:
         decoding = change_decoding(self.decoding, options)
         if choose(self.recognizer.network, decoding) in BEAMS:
             self.recognizer.language_model(decoding)
+        if decoding.verify:
+            self.recognizer.verifier()
         self._check_language(decoding.language)
         return decoding
 
@@ -288,6 +311,11 @@ class Transcriber:
                 map(Token, found.ids, pieces, starts, ends, found.confidences),
             )
         text = tokenizer.decode(found.ids)
+        if found.verified is not None:
+            text, confidence = found.verified.text, found.verified.confidence
+            words, tokens = found.verified.words, found.verified.tokens
+            words = tuple(replace(w, start=start + w.start, end=start + w.end) for w in words)
+            tokens = tuple(replace(t, start=start + t.start, end=start + t.end) for t in tokens)
         return Segment(text, start, start + length, confidence, words, tokens, found.nbest)
 
     def _check_language(self, language: str) -> None:

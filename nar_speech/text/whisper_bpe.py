@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import tokenizers
 
 from nar_speech.errors import ConfigError, InputError
@@ -120,6 +121,23 @@ class WhisperBpeTokenizer:
             groups[-1].append(place)
             after_space = content[-1:].isspace()
         return groups
+
+    def kinds(self) -> tuple[np.ndarray, np.ndarray]:
+        """What :class:`nar_speech.search.redraft.TokenKinds` wants to know of every id.
+
+        Returns:
+            (V,) int64, equal for pieces that differ in case only; (V,) int64: 0 only punctuation, 1 begins a
+            word, 2 goes on with a word.
+        """
+        first: dict[str, int] = {}
+        classes = np.empty(self.vocab_size, dtype=np.int64)
+        kinds = np.empty(self.vocab_size, dtype=np.int64)
+        for number, (piece, content) in enumerate(zip(self._pieces, self._bytes, strict=True)):
+            text = content.decode("utf-8", "replace")
+            classes[number] = first.setdefault(text.lower() if "\ufffd" not in text else piece, number)
+            letters = any(letter.isalnum() or letter == "\ufffd" for letter in text)
+            kinds[number] = (1 if text[:1].isspace() else 2) if letters else 0
+        return classes, kinds
 
     def to_config(self) -> TokenizerConfig:
         """The configuration with which ``load_tokenizer`` gives this tokenizer back, once saved."""

@@ -1,0 +1,64 @@
+"""Times of words of one transcript, taken from another transcript of the same audio."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+
+from nar_speech.types import Word
+
+_SIGNS = re.compile(r"[^\w']+")
+
+
+def bare(word: str) -> str:
+    """A word without case and punctuation; the word itself where nothing else is left."""
+    return _SIGNS.sub("", word.lower()) or word
+
+
+def retime(
+    texts: Sequence[str], confidences: Sequence[float], timed: Sequence[Word], duration: float
+) -> tuple[Word, ...]:
+    """Give words the times of the same words in ``timed``, which differ in case and punctuation at most.
+
+    Words between two that were found share the time of the words that stand there in ``timed``, or else the
+    pause between the two, in proportion to their letters.
+
+    Args:
+        texts, confidences: the words, as many as there are.
+        timed: words with times in seconds, in order.
+        duration: of the audio, s.
+    """
+    words: list[Word] = []
+    matcher = SequenceMatcher(None, [bare(t) for t in texts], [bare(w.text) for w in timed], autojunk=False)
+    for kind, a0, a1, b0, b1 in matcher.get_opcodes():
+        if kind == "equal":
+            words += [
+                Word(texts[a0 + k], timed[b0 + k].start, timed[b0 + k].end, confidences[a0 + k])
+                for k in range(a1 - a0)
+            ]
+            continue
+        if a0 == a1:
+            continue
+        before = timed[b0 - 1].end if b0 > 0 else 0.0
+        after = timed[b1].start if b1 < len(timed) else duration
+        start, end = (timed[b0].start, timed[b1 - 1].end) if b1 > b0 else (before, max(before, after))
+        whole = sum(len(text) for text in texts[a0:a1]) or 1
+        done = 0
+        for text, confidence in zip(texts[a0:a1], confidences[a0:a1], strict=True):
+            first = start + (end - start) * done / whole
+            done += len(text)
+            words.append(Word(text, first, start + (end - start) * done / whole, confidence))
+    return tuple(words)
+
+
+def as_written(text: str) -> str:
+    """A draft of the written form of an English transcript in small letters: a capital, I, a full stop.
+
+    Text that has capital letters or punctuation already is not changed.
+    """
+    text = text.strip()
+    if not text or text != text.lower() or re.search(r"[.,!?;:]", text):
+        return text
+    text = re.sub(r"\bi\b(?=$|\s|')", "I", text)
+    return text[0].upper() + text[1:] + "."

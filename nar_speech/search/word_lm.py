@@ -96,7 +96,9 @@ class Lexicon:
         target, steps = (token >= 0).nonzero()
         keys = back[target, steps] * self._pieces + token[target, steps]
         ranks = np.argsort(keys)
-        self._keys, self._targets = keys[ranks], target[ranks]
+        # A last key above all others, so that every search ends at a key.
+        self._keys = np.append(keys[ranks], np.iinfo(np.int64).max)
+        self._targets = np.append(target[ranks], self.outside)
         self.first = np.full(self._pieces, self.outside)
         target, steps = ((found > 0) & (initial[found] >= 0) & (back == 0)).nonzero()
         self.first[initial[found[target, steps]]] = target
@@ -105,7 +107,7 @@ class Lexicon:
     def walk(self, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Where pieces that go on with a word lead; arrays of one shape."""
         wanted = nodes * self._pieces + tokens
-        place = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
+        place = np.searchsorted(self._keys, wanted)
         return np.where(self._keys[place] == wanted, self._targets[place], self.outside)
 
 

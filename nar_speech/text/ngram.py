@@ -27,6 +27,7 @@ UNKNOWN, START, END = "<unk>", "<s>", "</s>"
 FORMAT, VERSION = "nar_speech.ngram", "1"
 LEVELS = 256  # of a quantised log probability
 CHUNK = 4096  # sentences scored together
+NEVER = -50.0  # natural log probabilities below this say "never"
 
 
 @dataclass(frozen=True)
@@ -190,10 +191,7 @@ class NgramModel:
         return Perplexity(number, size, unknown, float(totals[0]), value, known)
 
     def save(self, path: str | Path) -> Path:
-        """Write the compact file: ids of 16 or 32 bits, log probabilities and weights of 8 bits.
-
-        The 256 values of each order are the means of bins that hold equally many n-grams.
-        """
+        """Write the compact file: ids of 16 or 32 bits, log probabilities and weights of 8 bits."""
         tensors = {"words": np.frombuffer("\n".join(self.words).encode(), np.uint8)}
         for k, level in enumerate(self.levels):
             name = str(k + 1)
@@ -277,16 +275,25 @@ def _narrow(values: np.ndarray) -> np.ndarray:
 
 
 def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) uint8 codes and the (256,) float32 values behind them; up to 256 different values stay exact."""
+    """(N,) uint8 codes and the (256,) float32 values behind them; up to 256 different values stay exact.
+
+    Otherwise frequent values (a weight of exactly 1) and what is practically never stay exact, and the others
+    become the means of bins of equal width.
+    """
     distinct, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     table = np.zeros(LEVELS, np.float32)
     if len(distinct) <= LEVELS:
         table[: len(distinct)] = distinct
         return inverse.astype(np.uint8), table
-    # A frequent value (a weight of exactly 1, say) fills a bin of its own.
-    bins = (np.cumsum(counts) - 0.5 * counts) * LEVELS / len(values)
-    code = np.minimum(bins.astype(np.int64), LEVELS - 1)
-    sums = np.bincount(code, distinct * counts, LEVELS)
-    sizes = np.bincount(code, counts, LEVELS)
-    table[:] = np.where(sizes > 0, sums / np.maximum(sizes, 1), 0.0)
+    exact = (counts > len(values) / LEVELS) | (distinct < NEVER)
+    exact &= np.cumsum(exact) < LEVELS // 2
+    number = int(exact.sum())
+    code = np.cumsum(exact) - 1
+    table[:number] = distinct[exact]
+    rest = distinct[~exact]
+    width = (rest[-1] - rest[0]) / (LEVELS - number)
+    bins = np.minimum(((rest - rest[0]) / width).astype(np.int64), LEVELS - number - 1)
+    sizes = np.bincount(bins, counts[~exact], LEVELS - number)
+    table[number:] = np.bincount(bins, rest * counts[~exact], LEVELS - number) / np.maximum(sizes, 1)
+    code[~exact] = number + bins
     return code[inverse].astype(np.uint8), table

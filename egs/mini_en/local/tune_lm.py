@@ -1,0 +1,159 @@
+"""Set the weights of the language model on the development set, and put it into the model folder.
+
+    python tune_lm.py --model work/model --lm work/lm.safetensors --cuts work/cuts/dev.jsonl.gz [--write]
+
+The acoustic model runs once. Then a coarse grid over weight and word bonus, then one value after the other,
+each time the one with the fewest word errors (ties: fewer character errors). Prints the error rates of greedy
+search, of the beam without the model and with it, and the CPU time of each search per second of audio.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from lhotse import CutSet
+from torch import Tensor
+
+from nar_speech.hub import load_model
+from nar_speech.metrics import char_error_rate, word_error_rate
+from nar_speech.model_folder import DecodingConfig, change_model_decoding
+from nar_speech.pipelines.recognize import LM_CANDIDATES, LM_FLOOR, Recognizer
+from nar_speech.search.ctc import greedy, prefix_beam
+from nar_speech.text.normalize import get_normalizer
+
+WEIGHTS = (0.3, 0.5, 0.7, 0.9)
+BONUSES = (0.0, 1.0, 2.0)
+STEPS = {  # tried one after the other, around the best so far
+    "unknown_word": (-3.0, -2.0, -1.5, -1.0, -0.6),
+    "lm_weight": (-0.1, 0.1),
+    "word_bonus": (-0.5, 0.5),
+}
+BATCH_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """CTC outputs of some utterances: (B, T, V), (B,), and the normalised texts."""
+
+    log_probs: Tensor
+    lengths: Tensor
+    texts: list[str]
+
+
+@torch.inference_mode()
+def run_network(recognizer: Recognizer, cuts: list, normalize) -> list[Batch]:
+    """Outputs of the CTC head, in batches of similar length, longest first."""
+    batches, waiting = [], sorted(cuts, key=lambda cut: -cut.duration)
+    while waiting:
+        size = max(1, int(BATCH_SECONDS / waiting[0].duration))
+        part, waiting = waiting[:size], waiting[size:]
+        waves = [cut.resample(recognizer.sample_rate).load_audio()[0] for cut in part]
+        feats, lengths = recognizer.features(waves)
+        encoded, lengths = recognizer.network.encode(feats, lengths)
+        log_probs = recognizer.network.ctc_logits(encoded).float().log_softmax(-1)
+        batches.append(Batch(log_probs, lengths, [normalize(cut.supervisions[0].text) for cut in part]))
+    return batches
+
+
+class Trial:
+    """Error rates of a decoding on the batches."""
+
+    def __init__(self, recognizer: Recognizer, batches: list[Batch], seconds: float, normalize):
+        self.recognizer, self.batches, self.seconds = recognizer, batches, seconds
+        self.normalize, self.known = normalize, {}
+
+    def __call__(self, decoding: DecodingConfig) -> tuple[float, float]:
+        """Word and character error rate in per cent; prints them."""
+        key = (decoding.decoder, decoding.beam, decoding.lm, decoding.lm_weight, decoding.word_bonus)
+        key = (*key, decoding.unknown_word)
+        if key in self.known:
+            return self.known[key]
+        references, hypotheses = [], []
+        start = time.process_time()
+        for batch in self.batches:
+            references += batch.texts
+            for found in self.search(batch, decoding):
+                hypotheses.append(self.normalize(self.recognizer.tokenizer.decode(found.tokens)))
+        cost = (time.process_time() - start) / self.seconds
+        words = 100 * word_error_rate(references, hypotheses).rate
+        characters = 100 * char_error_rate(references, hypotheses).rate
+        label = decoding.decoder
+        if decoding.decoder == "ctc_beam":
+            label += f" {decoding.beam}"
+            if decoding.lm:
+                label += f", weight {decoding.lm_weight:.2f}, bonus {decoding.word_bonus:.2f}"
+                label += f", unknown {decoding.unknown_word:.2f}"
+        print(f"{label}: WER {words:.2f}, CER {characters:.2f}, {cost:.4f} CPU-s/s", flush=True)
+        self.known[key] = words, characters
+        return self.known[key]
+
+    def search(self, batch: Batch, decoding: DecodingConfig) -> list:
+        if decoding.decoder == "ctc_greedy":
+            return greedy(batch.log_probs, batch.lengths)
+        lm = self.recognizer.language_model(decoding)
+        limits = {} if lm is None else {"candidates": max(decoding.beam, LM_CANDIDATES), "floor": LM_FLOOR}
+        lists = prefix_beam(
+            batch.log_probs,
+            batch.lengths,
+            decoding.beam,
+            lm=lm,
+            lm_weight=1.0,
+            blank_skip=decoding.blank_skip,
+            **limits,
+        )
+        return [found[0] for found in lists]
+
+
+def tune(trial: Trial, decoding: DecodingConfig) -> DecodingConfig:
+    """The best decoding near ``decoding``."""
+    grid = [
+        replace(decoding, lm_weight=weight, word_bonus=bonus)
+        for weight, bonus in itertools.product(WEIGHTS, BONUSES)
+    ]
+    best = min(grid, key=trial)
+    for name in ("unknown_word", "lm_weight", "word_bonus", "unknown_word"):
+        start = 0.0 if name == "unknown_word" else getattr(best, name)
+        values = [round(start + step, 3) for step in STEPS[name]]
+        best = min([best, *(replace(best, **{name: v}) for v in values)], key=trial)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--lm", type=Path, required=True, help="compact or ARPA file")
+    parser.add_argument("--cuts", type=Path, required=True, help="manifest of the development set")
+    parser.add_argument("--beam", type=int, default=16)
+    parser.add_argument("--blank-skip", type=float, default=0.99)
+    parser.add_argument("--write", action="store_true", help="put the model and its weights into the folder")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    normalize = get_normalizer("en")
+    decoding = DecodingConfig(decoder="ctc_beam", beam=args.beam, lm=str(args.lm), blank_skip=args.blank_skip)
+    recognizer = load_model(args.model, device="cpu").recognizer
+    recognizer.language_model(decoding)  # a bad file fails before the network runs
+    cuts = list(CutSet.from_file(args.cuts))
+    start = time.process_time()
+    batches = run_network(recognizer, cuts, normalize)
+    seconds = sum(cut.duration for cut in cuts)
+    cost = (time.process_time() - start) / seconds
+    print(f"{len(cuts)} utterances, {seconds:.0f} s; network {cost:.4f} CPU-s/s", flush=True)
+    trial = Trial(recognizer, batches, seconds, normalize)
+    trial(replace(decoding, decoder="ctc_greedy"))
+    trial(replace(decoding, lm=None))
+    best = tune(trial, decoding)
+    print("best:", end=" ")
+    trial.known.clear()
+    trial(best)
+    if args.write:
+        names = ("decoder", "beam", "lm", "lm_weight", "word_bonus", "unknown_word", "blank_skip")
+        change_model_decoding(args.model, **{name: getattr(best, name) for name in names})
+        print(f"{args.model}: decoding written", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The word language model in the CTC beam: against enumeration, in the pipeline, and what can go wrong."""
+
+import functools
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nar_speech.errors import ConfigError
+from nar_speech.search.ctc import ContextGraph, prefix_beam
+from nar_speech.search.word_lm import Lexicon, TokenLm, WordLm, word_lexicon
+from nar_speech.text.kneser_ney import choose_vocabulary, estimate
+from tests.test_search_ctc import all_sequences
+
+MARK = "\u2581"
+# Blank, and pieces that cut the words below in several ways.
+PIECES = ["<blank>", f"{MARK}a", f"{MARK}", "b", "a", f"{MARK}ab", "ab"]
+TEXT = ("ab a", "ab ab aba", "a b", "aba ab", "b a ab", "a ab ab", "ab b b", "c ab a c")
+
+
+@functools.cache
+def make_lm(order=3, text=TEXT):
+    return estimate(text, choose_vocabulary(Counter(" ".join(text).split())), order)
+
+
+def words_of(tokens, pieces=PIECES):
+    return "".join(pieces[t] for t in tokens).replace(MARK, " ").split()
+
+
+def lm_score(lm, words, weight, bonus, unknown):
+    """The score as the docstring of WordLm has it, word by word."""
+    state, total = np.array([lm.start]), 0.0
+    for word in words:
+        number = lm.ids.get(word, lm.unknown)
+        score, state = lm.step(state, np.array([number]))
+        total += weight * score[0] + bonus + (unknown * len(word) if number == lm.unknown else 0.0)
+    return total + weight * lm.step(state, np.array([lm.end]))[0][0]
+
+
+def random_log_probs(seed, frames, size, sharpness=1.5):
+    generator = torch.Generator().manual_seed(seed)
+    return (sharpness * torch.randn(1, frames, size, generator=generator)).log_softmax(-1)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 4),
+    st.floats(0.0, 2.0),
+    st.floats(-2.0, 2.0),
+    st.floats(-3.0, 0.0),
+    st.integers(1, 3),
+)
+@settings(max_examples=25, deadline=None)
+def test_wide_beam_finds_every_sequence_with_its_score(seed, frames, weight, bonus, unknown, order):
+    log_probs = random_log_probs(seed, frames, len(PIECES))
+    lm = make_lm(order)
+    scorer = WordLm(lm, word_lexicon(lm, PIECES), weight, bonus, unknown)
+    acoustic = all_sequences(log_probs[0])
+    got = prefix_beam(
+        log_probs,
+        torch.tensor([frames]),
+        len(acoustic),
+        candidates=len(PIECES),
+        lm=scorer,
+        lm_weight=1.0,
+    )[0]
+    assert {h.tokens for h in got} == set(acoustic)
+    for h in got:
+        want = lm_score(lm, words_of(h.tokens), weight, bonus, unknown)
+        assert h.lm_score == pytest.approx(want, abs=1e-6), h.tokens
+        assert h.score == pytest.approx(acoustic[h.tokens] + want, abs=1e-5)
+    best = max(acoustic, key=lambda t: acoustic[t] + lm_score(lm, words_of(t), weight, bonus, unknown))
+    assert got[0].score == pytest.approx(
+        acoustic[best] + lm_score(lm, words_of(best), weight, bonus, unknown), abs=1e-5
+    )
+
+
+def test_a_narrow_beam_is_nearly_as_good():
+    """Against a beam that keeps far more."""
+    lm = make_lm()
+    scorer = WordLm(lm, word_lexicon(lm, PIECES), 0.7, 0.5, -1.0)
+    log_probs = torch.cat([random_log_probs(seed, 10, len(PIECES), 3.0) for seed in range(20)])
+    lengths = torch.full((20,), 10)
+    wide, narrow = (
+        [row[0].score for row in prefix_beam(log_probs, lengths, beam, lm=scorer, lm_weight=1.0, **options)]
+        for beam, options in ((150, {"candidates": 7}), (12, {"candidates": 7, "floor": 9.0}))
+    )
+    # Where both beams find the same text, the wide one sums over a few more paths.
+    gaps = np.array(wide) - np.array(narrow)
+    assert gaps.min() > -1e-6
+    assert np.median(gaps) < 0.02
+    assert (gaps < 0.1).sum() >= 16
+
+
+@pytest.mark.parametrize("options", [{}, {"floor": 4.0}, {"floor": 3.0, "blank_skip": 0.5}])
+def test_batch_is_single_and_context_adds(options):
+    lm = make_lm()
+    scorer = WordLm(lm, word_lexicon(lm, PIECES), 0.6, 0.3, -0.8)
+    lengths = torch.tensor([9, 4, 12])
+    log_probs = torch.cat([random_log_probs(i, 12, len(PIECES), 2.0) for i in range(3)])
+    context = ContextGraph([[5, 4]], 1.5)
+    together = prefix_beam(
+        log_probs, lengths, 6, candidates=5, context=context, lm=scorer, lm_weight=1.0, **options
+    )
+    for row, length in enumerate(lengths.tolist()):
+        alone = prefix_beam(
+            log_probs[row : row + 1, :length],
+            lengths[row : row + 1],
+            6,
+            candidates=5,
+            context=context,
+            lm=scorer,
+            lm_weight=1.0,
+            **options,
+        )[0]
+        assert [h.tokens for h in alone] == [h.tokens for h in together[row]]
+        assert [h.score for h in alone] == pytest.approx([h.score for h in together[row]], abs=1e-9)
+        for h in alone:
+            assert h.lm_score == pytest.approx(lm_score(lm, words_of(h.tokens), 0.6, 0.3, -0.8), abs=1e-6)
+    assert any(h.context_score > 0 for row in together for h in row)
+
+
+def test_floor_leaves_out_the_improbable():
+    log_probs = torch.tensor([[[0.6, 0.3, 0.0999, 1e-4]]]).log()
+    lengths = torch.tensor([1])
+    tokens = [h.tokens for h in prefix_beam(log_probs, lengths, 4, candidates=4)[0]]
+    assert tokens == [(), (1,), (2,), (3,)]
+    tokens = [h.tokens for h in prefix_beam(log_probs, lengths, 4, candidates=4, floor=5.0)[0]]
+    assert tokens == [(), (1,), (2,)]
+
+
+words = st.text("abcd'é", min_size=1, max_size=6)
+
+
+@given(st.sets(words, min_size=1, max_size=12), st.sets(st.text("abcd'", max_size=3), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_lexicon_walks_every_spelling(vocabulary, parts):
+    vocabulary = sorted(vocabulary)
+    pieces = ["<blank>", MARK, *sorted({MARK + p for p in parts if p} | {p for p in parts if p})]
+    scores = -np.arange(1.0, len(vocabulary) + 1)
+    lexicon = Lexicon(vocabulary, scores, pieces)
+    prefixes = {word[:i] for word in vocabulary for i in range(1, len(word) + 1)}
+    assert lexicon.outside == len(prefixes) + 1
+    # Follow all piece sequences that spell a text without a mark inside.
+    queue, seen = [("", 0)], 0
+    for token, piece in enumerate(pieces):
+        if piece.startswith(MARK):
+            queue.append((piece[1:], int(lexicon.first[token])))
+    while queue and seen < 400:
+        text, node = queue.pop()
+        seen += 1
+        if text not in prefixes and text:
+            assert node == lexicon.outside
+            continue
+        assert lexicon.depth[node] == len(text)
+        below = [s for word, s in zip(vocabulary, scores, strict=True) if word.startswith(text)]
+        assert lexicon.best[node] == max(below)
+        number = int(lexicon.word[node])
+        assert (vocabulary[number] if number >= 0 else None) == (text if text in vocabulary else None)
+        for token, piece in enumerate(pieces):
+            if not piece.startswith(MARK):
+                queue.append((text + piece, int(lexicon.walk(np.array(node), np.array(token)))))
+
+
+@pytest.mark.parametrize(("b", "text"), [(0.6, "aba"), (0.99999, "abb")])
+def test_spelling_errors_are_put_right(b, text):
+    """'abb' was heard more or less clearly; the vocabulary has 'aba'."""
+    lm = make_lm()
+    scorer = WordLm(lm, word_lexicon(lm, PIECES), 1.0, 0.0, -1.0)
+    frames = torch.full((1, 3, len(PIECES)), 1e-9)
+    frames[0, 0, 5], frames[0, 1, 0], frames[0, 2, 3], frames[0, 2, 4] = 1.0, 1.0, b, 1 - b
+    plain, guided = (
+        prefix_beam(frames.log(), torch.tensor([3]), 8, lm=model, lm_weight=1.0)[0][0].tokens
+        for model in (None, scorer)
+    )
+    assert words_of(plain) == ["abb"]
+    assert words_of(guided) == [text]
+
+
+def test_token_model_follows_tokens():
+    pieces = ["<blank>", "你", "好", "吗"]
+    lm = make_lm(2, ("你 好", "你 好 吗", "好 吗", "你 你 好"))
+    scorer = TokenLm(lm, pieces, 0.8, 0.2)
+    log_probs = random_log_probs(3, 4, 4)
+    acoustic = all_sequences(log_probs[0])
+    got = prefix_beam(log_probs, torch.tensor([4]), len(acoustic), candidates=4, lm=scorer, lm_weight=1.0)[0]
+    assert len(got) == len(acoustic)
+    for h in got:
+        want = lm_score(lm, [pieces[t] for t in h.tokens], 0.8, 0.2, 0.0)
+        assert h.score == pytest.approx(acoustic[h.tokens] + want, abs=1e-5)
+    with pytest.raises(ConfigError, match="none of the tokenizer's pieces"):
+        TokenLm(lm, ["<blank>", "x"])
+
+
+def test_models_that_do_not_fit():
+    with pytest.raises(ConfigError, match="can spell none of its words"):
+        word_lexicon(make_lm(), ["<blank>", f"{MARK}A", "B"])
+    with pytest.raises(ConfigError, match="can spell none of its words"):
+        word_lexicon(make_lm(), ["<blank>", "a", "b"])

@@ -22,7 +22,7 @@ train_minutes=70
 decoder_minutes=15
 verifier_size=8000
 processes=2
-filter_model=""
+filter_model="$repo/nar_speech/assets/mini_en"
 filter_score=-2.5
 name=mini_en
 embed=false
@@ -60,8 +60,8 @@ A stage that is finished is skipped; remove its marker in WORK/done to run it ag
   --decoder-minutes M  of the third phase: predictor and decoder (default $decoder_minutes)
   --verifier-size N  pieces of the verifier's vocabulary (default $verifier_size)
   --processes N      training processes of one thread each (default $processes)
-  --filter-model DIR model folder of an earlier run; stage 2 drops the speechocean762 clips whose transcript
-                     it finds unlikely (default: none dropped)
+  --filter-model DIR model folder with a CTC head; stage 2 drops the speechocean762 clips whose transcript it
+                     finds unlikely (default: the shipped nar_speech/assets/mini_en; none: nothing is dropped)
   --filter-score S   mean log probability per token below which a clip is dropped (default $filter_score)
   --pack DIR         stage 2 also packs the training audio as Opus into a few files of DIR, to be taken to another
                      machine (local/pack.py unpack there; then --stage 3)
@@ -101,6 +101,10 @@ for number in hours_piper hours_flite hours_kokoro heads_minutes train_minutes d
 done
 if [ -n "$shared_data" ] && [ ! -d "$shared_data" ]; then fail "--shared-data: no folder $shared_data"; fi
 if [ -z "$shared_data" ] && [ -d "$repo/../shared/data" ]; then shared_data="$repo/../shared/data"; fi
+
+if [ "$filter_model" != none ] && [ ! -e "$filter_model/model.yaml" ]; then
+  echo "!!! no model in $filter_model: speechocean762 is not filtered (--filter-model)" >&2
+fi
 
 mkdir -p "$work/done" "$work/log"
 work=$(cd "$work" && pwd)
@@ -173,7 +177,7 @@ whisper() {
 
 manifests() {
   local filter=()
-  if [ -n "$filter_model" ]; then
+  if [ "$filter_model" != none ] && [ -e "$filter_model/model.yaml" ]; then
     py filter_speechocean --work "$work" --model "$filter_model"
     filter=(--least-score "$filter_score")
   fi

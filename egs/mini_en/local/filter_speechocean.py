@@ -1,10 +1,10 @@
-"""Stage 2, optional: how likely each speechocean762 transcript is under an earlier model.
+"""Stage 2: how likely each speechocean762 transcript is under an earlier model.
 
     python filter_speechocean.py --work work --model exp/model
 
 The prompts of this corpus often differ from what was said. Writes work/cuts/speechocean_scores.jsonl, one
 line a clip: {"name", "score"}; score is the CTC log probability of the transcript (all alignments) per token.
-make_cuts.py --least-score drops the clips below a bound.
+make_cuts.py --least-score drops the clips below a bound. A finished list is kept; remove it to score again.
 """
 
 import argparse
@@ -44,8 +44,12 @@ def main() -> None:
     if not manifest.exists():
         notice("speechocean762 isn't here, so there is nothing to filter")
         return
-    model = load_parts(resolve(args.model))
     rows = sorted(read_jsonl(manifest), key=lambda row: row["duration"])
+    path = args.work / "cuts" / "speechocean_scores.jsonl"
+    if path.exists() and {row["name"] for row in read_jsonl(path)} >= {row["name"] for row in rows}:
+        print(f"{path} has all clips; remove it to score them again")
+        return
+    model = load_parts(resolve(args.model))
     out = []
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
@@ -55,7 +59,7 @@ def main() -> None:
         ]
         if start % (50 * BATCH) == 0:
             print(f"{start} of {len(rows)} clips scored", flush=True)
-    write_jsonl(args.work / "cuts" / "speechocean_scores.jsonl", out)
+    write_jsonl(path, out)
     for bound in (-1, -2, -2.5, -3, -4):
         print(f"below {bound}: {sum(row['score'] < bound for row in out)} of {len(out)}")
 

@@ -9,7 +9,8 @@ import dataclasses
 import math
 import types as pytypes
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from nar_speech.errors import ConfigError
 
 C = TypeVar("C")
+
+# Sizes beyond these are mistakes that would fill the memory before anything else finds them.
+MAX_WIDTH, MAX_BLOCKS, MAX_VOCABULARY = 100_000, 1000, 10_000_000
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -85,10 +89,36 @@ def from_dict(cls: type[C], tree: Mapping[str, Any], where: str = "") -> C:
             raise ConfigError(f"{where}: key '{name}' is required")
     try:
         return cls(**values)
-    except ConfigError:
-        raise
-    except ValueError as error:  # a dataclass' own __post_init__ check
+    except (ValueError, OverflowError) as error:  # a dataclass' own __post_init__ check
         raise ConfigError(f"{where}: {_one_line(error)}") from error
+
+
+def check_range(config: Any, low: float, high: float, *names: str) -> None:
+    """Check in a dataclass' ``__post_init__`` that fields lie between ``low`` and ``high``, both allowed.
+
+    Raises:
+        ConfigError: the first that does not, and its limits.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise ConfigError(f"{name}: got {value:g}; must be {low:g} to {high:g}")
+
+
+@contextmanager
+def blame(where: str) -> Iterator[None]:
+    """Turn what fails inside into a ConfigError that names ``where``, a file and its part for example.
+
+    For code that builds something from a configuration: a combination of values, each of them allowed, may
+    still be impossible, and a library then raises whatever it likes.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        reason = _one_line(error)[:200] or type(error).__name__
+        raise ConfigError(f"{where}: can't be built from these values ({reason}); check them") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -152,8 +182,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         key, kind = typing.get_args(hint) or (Any, Any)
         return {_key(key, k, where): _convert(kind, v, f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isnan(value):  # compares false with everything, so that no later check would see it
-            raise ConfigError(f"{where}: got nan; must be a number")
+        if not math.isfinite(value):  # nan compares false with everything: no later check would see it
+            raise ConfigError(f"{where}: got {value}; must be a finite number")
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from nar_speech.config import check_range
 from nar_speech.errors import ConfigError, InputError
 
 PREEMPHASIS = 0.97
@@ -59,33 +60,29 @@ class FrontendConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in ("fbank", "log_mel"):
-            raise ConfigError(f"frontend.kind: got {self.kind!r}; valid values: fbank, log_mel")
+            raise ConfigError(f"kind: got {self.kind!r}; valid values: fbank, log_mel")
         if self.window is not None and self.window not in WINDOWS:
-            raise ConfigError(f"frontend.window: got {self.window!r}; valid values: {', '.join(WINDOWS)}")
-        if self.sample_rate < 1000:
-            raise ConfigError(f"frontend.sample_rate: got {self.sample_rate}; expected Hz, 1000 or more")
-        if self.num_mels < 1:
-            raise ConfigError(f"frontend.num_mels: got {self.num_mels}; must be at least 1")
+            raise ConfigError(f"window: got {self.window!r}; valid values: {', '.join(WINDOWS)}")
+        check_range(self, 1000, 768_000, "sample_rate")
+        check_range(self, 1, 1000, "num_mels", "lfr_m", "lfr_n")
+        check_range(self, 0, 1000, "frame_ms", "shift_ms")
+        check_range(self, 0, INT16_SCALE, "dither")
         if self.frame_samples < 2 or self.shift_samples < 1:
             raise ConfigError(
-                f"frontend: frame_ms {self.frame_ms:g} and shift_ms {self.shift_ms:g} are too short for"
+                f"frame_ms {self.frame_ms:g} and shift_ms {self.shift_ms:g} are too short for"
                 f" {self.sample_rate} Hz; need a frame of 2 samples and a shift of 1"
             )
         low, high = self.band
         if not 0 <= low < high <= self.sample_rate / 2:
             raise ConfigError(
-                f"frontend: filters from {low:g} to {high:g} Hz do not fit 0 to {self.sample_rate / 2:g} Hz"
+                f"filters from {low:g} to {high:g} Hz do not fit 0 to {self.sample_rate / 2:g} Hz"
             )
         if not 1 <= self.lfr_n <= self.lfr_m:
-            raise ConfigError(
-                f"frontend: need 1 <= lfr_n <= lfr_m, got lfr_m {self.lfr_m}, lfr_n {self.lfr_n}"
-            )
-        if self.dither < 0:
-            raise ConfigError(f"frontend.dither: got {self.dither:g}; must not be negative")
+            raise ConfigError(f"need 1 <= lfr_n <= lfr_m, got lfr_m {self.lfr_m}, lfr_n {self.lfr_n}")
         if self.kind == "log_mel" and self.window not in (None, "hann"):
-            raise ConfigError(f"frontend.window: log_mel uses hann, got {self.window!r}; leave the key out")
+            raise ConfigError(f"window: log_mel uses hann, got {self.window!r}; leave the key out")
         if self.kind == "log_mel" and self.dither:
-            raise ConfigError("frontend.dither: only kind fbank has dither; leave the key out")
+            raise ConfigError("dither: only kind fbank has dither; leave the key out")
 
     @property
     def frame_samples(self) -> int:

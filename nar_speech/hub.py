@@ -309,8 +309,10 @@ def _load_own(folder: Path) -> LoadedModel:
     file = read_model_file(folder)
     where = folder / CONFIG_FILE
     config_class, build = _network_class(file.card.model, where)
-    frontend = build_frontend(file.frontend, folder)
-    tokenizer = load_tokenizer(file.tokenizer, folder)
+    with configs.blame(f"{where}: frontend"):
+        frontend = build_frontend(file.frontend, folder)
+    with configs.blame(f"{where}: tokenizer"):
+        tokenizer = load_tokenizer(file.tokenizer, folder)
     config = configs.from_dict(config_class, file.network, f"{where}: network")
     for name, ours, theirs in (
         ("input_size", config.input_size, frontend.feature_size),
@@ -326,7 +328,7 @@ def _load_own(folder: Path) -> LoadedModel:
             f"{where}: card.sample_rate is {file.card.sample_rate}, frontend.sample_rate"
             f" {file.frontend.sample_rate}; make them equal"
         )
-    with SkipInit():
+    with SkipInit(), configs.blame(f"{where}: network"):
         network = build(config)
     load_strict(network, read_weights(folder / WEIGHTS_FILE), where=folder / WEIGHTS_FILE)
     network.eval().requires_grad_(False)

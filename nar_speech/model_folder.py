@@ -25,6 +25,10 @@ from nar_speech.types import ModelCard
 CONFIG_FILE = "model.yaml"
 WEIGHTS_FILE = "model.safetensors"
 
+LONGEST = 86_400.0  # seconds
+TIMES = ("whole", "merge", "longest", "gap", "min_speech", "min_silence", "pad")
+MAX_BEAM, MAX_BONUS = 10_000, 1e6
+
 DecoderName = Literal["auto", "paraformer", "ctc_greedy", "ctc_beam", "attention_rescoring"]
 
 
@@ -53,12 +57,11 @@ class SegmentConfig:
 
     def __post_init__(self) -> None:
         if not 0.2 < self.threshold < 1:
-            raise ConfigError(f"segments.threshold: got {self.threshold:g}; must be above 0.2 and below 1")
-        if min(self.whole, self.gap, self.min_speech, self.min_silence, self.pad) < 0:
-            raise ConfigError("segments: times must not be negative")
+            raise ConfigError(f"threshold: got {self.threshold:g}; must be above 0.2 and below 1")
+        configs.check_range(self, 0, LONGEST, *TIMES)
         if not 1 <= self.merge <= self.longest:
             raise ConfigError(
-                f"segments: need 1 <= merge <= longest, got merge {self.merge:g}, longest {self.longest:g}"
+                f"need 1 <= merge <= longest, got merge {self.merge:g}, longest {self.longest:g}"
             )
 
 
@@ -105,11 +108,10 @@ class DecodingConfig:
     segments: SegmentConfig = field(default_factory=SegmentConfig)
 
     def __post_init__(self) -> None:
-        for name in ("beam", "nbest"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}; must be at least 1")
-        if self.lm_weight < 0:
-            raise ConfigError(f"lm_weight: got {self.lm_weight:g}; must not be negative")
+        configs.check_range(self, 1, MAX_BEAM, "beam", "nbest")
+        configs.check_range(self, 0, MAX_BONUS, "lm_weight", "hotword_score")
+        configs.check_range(self, 0, 1, "ctc_weight", "reverse_weight")
+        configs.check_range(self, -MAX_BONUS, MAX_BONUS, "word_bonus", "unknown_word")
         if self.unknown_word > 0:
             raise ConfigError(f"unknown_word: got {self.unknown_word:g}; it is a penalty, at most 0")
         if self.max_passes is not None and self.max_passes < 1:

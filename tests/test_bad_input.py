@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nar_speech import cli
+from nar_speech import config as configs
+from nar_speech.errors import ConfigError
+from nar_speech.layers.whisper import WhisperEncoderConfig
 from tests.model_folders import ctc_folder, funasr_folder, paraformer_folder
 
 torch.set_num_threads(1)
@@ -243,6 +246,63 @@ def test_a_misspelt_key_in_model_yaml(run, good, tmp_path):
     assert "not valid YAML" in error_line(run, good, folder)
     path.write_text("")
     assert "key 'card' is required" in error_line(run, good, folder)
+
+
+def change(tree, keys, value):
+    """Set ``tree[a][b]...``."""
+    *parents, last = keys.split(".")
+    for key in parents:
+        tree = tree[key]
+    tree[last] = value
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "value"),
+    [
+        (paraformer_folder, "network.encoder_conf.linear_units", -1),
+        (paraformer_folder, "network.encoder_conf.output_size", 10**7),
+        (paraformer_folder, "network.encoder_conf.num_blocks", 10**9),
+        (paraformer_folder, "network.encoder_conf.attention_heads", 0),
+        (paraformer_folder, "network.decoder_conf.linear_units", -1),
+        (paraformer_folder, "network.decoder_conf.kernel_size", -1),
+        (paraformer_folder, "network.decoder_conf.attention_heads", 0),
+        (paraformer_folder, "network.decoder_conf.attention_heads", 3),
+        (paraformer_folder, "network.predictor_conf.l_order", 10**7),
+        (paraformer_folder, "network.predictor_conf.l_order", "a"),
+        (paraformer_folder, "network.hotword_conf.inner_dim", 0),
+        (paraformer_folder, "network.encoder", "a"),
+        (paraformer_folder, "network.predictor", None),
+        (paraformer_folder, "frontend.frame_ms", 1e30),
+        (paraformer_folder, "frontend.num_mels", 10**7),
+        (paraformer_folder, "frontend.dither", float("inf")),
+        (paraformer_folder, "tokenizer.file", ""),
+        (paraformer_folder, "decoding.hotword_score", float("inf")),
+        (paraformer_folder, "decoding.segments.pad", 1e30),
+        (ctc_folder, "network.encoder_conf.cnn_module_kernel", 4),
+        (ctc_folder, "network.encoder_conf.linear_units", -1),
+        (ctc_folder, "network.encoder_conf.dropout_rate", 2.0),
+        (ctc_folder, "network.decoder_conf.attention_heads", 0),
+        (ctc_folder, "network.decoder_conf.num_blocks", -1),
+        (ctc_folder, "network.vocab_size", 0),
+        (ctc_folder, "network.sos", 10**6),
+        (ctc_folder, "network.interctc_layers", [7]),
+    ],
+)
+def test_an_impossible_value_in_model_yaml(run, good, tmp_path, make, key, value):
+    folder = make(tmp_path / "m")
+    path = folder / "model.yaml"
+    tree = configs.read_yaml(path)
+    change(tree, key, value)
+    configs.write_yaml(tree, path)
+    line = error_line(run, good, folder)
+    assert f"{path}: {key.split('.')[0]}" in line
+    assert key.split(".")[-1] in line or key == "tokenizer.file"
+
+
+def test_the_encoder_of_whisper_checks_its_numbers():
+    for key in ("output_size", "linear_units", "num_blocks", "max_positions", "attention_heads"):
+        with pytest.raises(ConfigError, match=key):
+            WhisperEncoderConfig(**{key: -1})
 
 
 @pytest.mark.parametrize("make", [paraformer_folder, ctc_folder])

@@ -53,7 +53,8 @@ def test_round_trip(tmp_path):
         ("kind: a", "key 'lr' is required"),
         ("lr: fast", "lr: expected float, got 'fast'"),
         ("lr: true", "lr: expected float, got True"),
-        ("lr: .nan", "lr: got nan; must be a number"),
+        ("lr: .nan", "lr: got nan; must be a finite number"),
+        ("lr: -.inf", "lr: got -inf; must be a finite number"),
         ("lr: 1\nkind: c", "kind: got 'c'; valid values: a, b"),
         ("lr: 1\ninner: {width: 1.5}", "inner: width: expected int, got 1.5"),
         ("lr: 1\ninner: {names: abc}", "inner: names: expected a list"),
@@ -82,3 +83,16 @@ def test_missing_file_and_malformed_word(tmp_path):
         config.load(Outer, [tmp_path / "gone.yaml"])
     with pytest.raises(ConfigError, match="written key=value"):
         config.load(Outer, [], ["lr"])
+
+
+def test_what_fails_inside_blame_is_a_config_error_that_names_the_place():
+    for error in (
+        RuntimeError("sizes\nof two lines"),
+        ZeroDivisionError(),
+        MemoryError(),
+        ConfigError("a: bad"),
+    ):
+        with pytest.raises(ConfigError, match=r"^m\.yaml: network: [^\n]+$"), config.blame("m.yaml: network"):
+            raise error
+    with pytest.raises(KeyboardInterrupt), config.blame("m.yaml"):
+        raise KeyboardInterrupt

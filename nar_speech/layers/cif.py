@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from nar_speech.config import check_range
+
 FIRE_SLACK = 1e-4  # time stamps count a token as complete this much early, so rounding never loses one
 SNAP = 1e-6  # training: a prefix sum this close to the target length is the target length
 
@@ -194,6 +196,13 @@ class PredictorConfig:
     upsample_times: int = 3
     upsample_type: Literal["cnn", "cnn_blstm"] = "cnn_blstm"
     use_cif1_cnn: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1000, "l_order", "r_order")
+        check_range(self, 1, 100, "upsample_times")
+        check_range(self, 0, 1, "dropout")
+        check_range(self, 0, 1000, "tail_threshold", "smooth_factor", "smooth_factor2")
+        check_range(self, 0, 1000, "noise_threshold", "noise_threshold2")
 
 
 class CifPredictorV2(nn.Module):

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from nar_speech.config import MAX_BLOCKS, MAX_WIDTH, check_range
 from nar_speech.errors import ConfigError
 from nar_speech.layers.attention import Attention, PositionBiasAttention
 from nar_speech.layers.conv import ConvolutionModule
@@ -68,6 +69,13 @@ class ConformerEncoderConfig:
     norm_eps: float = 1e-5
     conv_norm_eps: float = 1e-5
     global_cmvn: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, MAX_WIDTH, "output_size", "attention_heads", "linear_units", "cnn_module_kernel")
+        check_range(self, 1, MAX_BLOCKS, "num_blocks")
+        check_range(self, 0, 1, "dropout_rate", "positional_dropout_rate", "attention_dropout_rate")
+        check_range(self, 0, 1, "norm_eps", "conv_norm_eps")
+        check_range(self, 0, MAX_WIDTH, "static_chunk_size")
 
 
 class GlobalCMVN(nn.Module):

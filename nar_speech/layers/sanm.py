@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nar_speech.config import MAX_BLOCKS, MAX_WIDTH, check_range
 from nar_speech.errors import ConfigError
 from nar_speech.layers.intermediate import Tap
 from nar_speech.layers.packed import linear_relu
@@ -183,6 +184,13 @@ class SANMEncoderConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     norm_eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, MAX_WIDTH, "output_size", "attention_heads", "linear_units", "kernel_size")
+        check_range(self, 1, MAX_BLOCKS, "num_blocks")
+        check_range(self, 0, MAX_BLOCKS, "tp_blocks")
+        check_range(self, 0, 1, "dropout", "attention_dropout", "norm_eps")
+        check_range(self, -self.kernel_size, self.kernel_size, "shift")
 
 
 class SANMEncoder(nn.Module):
@@ -399,6 +407,12 @@ class SANMDecoderConfig:
     norm_eps: float = 1e-12
     embed: bool = True
     output_layer: bool = True
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, MAX_WIDTH, "attention_heads", "linear_units", "kernel_size")
+        check_range(self, 0, MAX_BLOCKS, "num_blocks", "att_layer_num")
+        check_range(self, 0, 1, "dropout", "self_attention_dropout", "src_attention_dropout", "norm_eps")
+        check_range(self, -self.kernel_size, self.kernel_size, "shift")
 
 
 class SANMDecoder(nn.Module):

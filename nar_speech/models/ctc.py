@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from nar_speech import config as typed
+from nar_speech.config import MAX_VOCABULARY, MAX_WIDTH, check_range
 from nar_speech.errors import ConfigError
 from nar_speech.layers.encoder import build_encoder
 from nar_speech.layers.intermediate import Tap
@@ -69,6 +70,12 @@ class CtcConfig:
     ctc_reduction: Literal["batch_mean", "token_mean", "mean_volume", "sum"] = "batch_mean"
 
     def __post_init__(self):
+        check_range(self, 1, MAX_WIDTH, "input_size")
+        check_range(self, 1, MAX_VOCABULARY, "vocab_size")
+        check_range(self, -1, self.vocab_size - 1, "sos", "eos")
+        check_range(
+            self, 0, 1, "dropout_rate", "interctc_weight", "ctc_weight", "reverse_weight", "lsm_weight"
+        )
         if not 0 <= self.blank < self.vocab_size:
             raise ConfigError(f"blank: {self.blank} is not an id below vocab_size {self.vocab_size}")
         if self.self_conditioning and not self.interctc_layers:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from nar_speech.config import MAX_BLOCKS, MAX_WIDTH, check_range
 from nar_speech.layers.attention import Attention
 from nar_speech.layers.conformer import ACTIVATIONS, FeedForward
 from nar_speech.layers.position import interleaved_sinusoid, valid_mask
@@ -40,6 +41,12 @@ class AttentionDecoderConfig:
     activation_type: Literal["relu", "swish", "gelu", "tanh", "hardtanh"] = "relu"
     norm_eps: float = 1e-5
     mlp_bias: bool = True
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, MAX_WIDTH, "attention_heads", "linear_units")
+        check_range(self, 0, MAX_BLOCKS, "num_blocks", "r_num_blocks")
+        check_range(self, 0, 1, "dropout_rate", "positional_dropout_rate", "norm_eps")
+        check_range(self, 0, 1, "self_attention_dropout_rate", "src_attention_dropout_rate")
 
 
 class DecoderLayer(nn.Module):

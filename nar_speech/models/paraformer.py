@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from nar_speech.config import MAX_VOCABULARY, MAX_WIDTH, check_range
 from nar_speech.errors import ConfigError
 from nar_speech.layers.cif import PREDICTORS, CifOutput, CifPredictorV3, CifTimes, PredictorConfig
 from nar_speech.layers.encoder import build_encoder
@@ -63,6 +64,12 @@ class HotwordConfig:
     lsm_weight: float = 0.1
     length_normalized_loss: bool = True
 
+    def __post_init__(self) -> None:
+        check_range(self, 1, MAX_WIDTH, "inner_dim")
+        check_range(self, 0, MAX_VOCABULARY, "no_bias", "filter_size")
+        check_range(self, 0, 1, "weight", "lsm_weight")
+        check_range(self, 0, 1000, "scale")
+
 
 @dataclass(frozen=True)
 class ParaformerConfig:
@@ -94,6 +101,10 @@ class ParaformerConfig:
     share_embedding: bool = False
 
     def __post_init__(self) -> None:
+        check_range(self, 1, MAX_WIDTH, "input_size")
+        check_range(self, 1, MAX_VOCABULARY, "vocab_size")
+        check_range(self, 0, 1, "lsm_weight")
+        check_range(self, 0, 1000, "predictor_weight")
         if self.predictor_bias not in (0, 1):
             raise ConfigError(f"predictor_bias: must be 0 or 1, got {self.predictor_bias}")
         if not 0 <= self.ctc_weight < 1:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nar_speech import config as typed
 from nar_speech.checkpoint import SkipInit, load_strict, read_weights
+from nar_speech.config import MAX_VOCABULARY, MAX_WIDTH, check_range
 from nar_speech.errors import InputError
 from nar_speech.layers.sanm import SANMEncoder, SANMEncoderConfig
 from nar_speech.losses.ctc import ctc_loss
@@ -69,6 +70,12 @@ class SenseVoiceConfig:
     auto_language: float = 0.2
     language_tokens: dict[int, int] = field(default_factory=_official_language_tokens)
     textnorm_tokens: dict[int, int] = field(default_factory=_official_textnorm_tokens)
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, MAX_WIDTH, "input_size")
+        check_range(self, 1, MAX_VOCABULARY, "vocab_size")
+        check_range(self, 0, self.vocab_size - 1, "blank")
+        check_range(self, 0, 1, "lsm_weight", "auto_language")
 
 
 class SenseVoice(nn.Module):

@@ -352,7 +352,7 @@ def load_tokenizer(config: TokenizerConfig | Mapping[str, Any], folder: str | Pa
         config = from_dict(TokenizerConfig, config, "tokenizer")
     folder = Path(folder)
     if config.kind != "char" and config.seg_dict is not None:
-        raise ConfigError("tokenizer.seg_dict: only kind char has one; leave the key out")
+        raise ConfigError("seg_dict: only kind char has one; leave the key out")
     if config.kind == "bpe":
         return BpeTokenizer(folder / config.file, config.case)
     if config.kind == "whisper_bpe":

@@ -83,10 +83,25 @@ def mend(draft: Sequence[int], guesses: Sequence[int | None], kinds: TokenKinds,
         elif _belongs_before(kinds.kinds[guess], kinds.kinds[token]):
             new += [guess, token]
         else:
-            new.append(guess)
+            rest = _word_end(draft, place, kinds)
+            # A new word, or the end of this one, makes what is left of the old word meaningless. Where the
+            # verifier went on within the word its next piece is as likely to be mended as to be wrong.
+            if kinds.kinds[guess] == INSIDE:
+                rest = place + 1
+            if rest == len(draft) or guess != draft[rest]:
+                new.append(guess)
+            place = rest - 1
         place += 1
     last = guesses[len(draft)] if len(guesses) > len(draft) else None
     return new if last is None or last == end else [*new, last]
+
+
+def _word_end(draft: Sequence[int], place: int, kinds: TokenKinds) -> int:
+    """Where the word that holds ``place`` ends."""
+    place += 1
+    while place < len(draft) and kinds.kinds[draft[place]] == INSIDE:
+        place += 1
+    return place
 
 
 def _belongs_before(guess: int, token: int) -> bool:

@@ -26,7 +26,6 @@ from nar_speech.search.redraft import TokenKinds, continue_at, mend
 
 LOOP_ROUNDS, LOOP_TOKENS = 4, 20  # a loop is something said at least so often, and at least so many tokens
 ANCHOR = 8  # accepted tokens in a row after which the draft's place is certain
-NARROW, FEW = 8, 2  # look ahead so far after a pass that accepted so few tokens
 
 S = TypeVar("S", bound="State")
 
@@ -97,7 +96,6 @@ class _Text:
     pending: list[int]  # known, but not yet fed to the model
     draft: list[int] = field(default_factory=list)
     begin: int = 0  # the draft goes on here
-    window: int | None = None
     anchor: tuple[int, int] = (0, 0)  # places in text and draft that belong together
     fed: int = 0
     tokens: list[int] = field(default_factory=list)
@@ -121,8 +119,7 @@ class _Text:
     def ahead(self) -> list[int]:
         """The draft's tokens to be scored next."""
         room = self.limit - len(self.tokens)
-        size = room if self.window is None else min(room, self.window)
-        return self.draft[self.begin : self.begin + size]
+        return self.draft[self.begin : self.begin + room]
 
     def result(self) -> Decoded:
         return Decoded(tuple(self.tokens), tuple(self.log_probs), tuple(self.accepted), self.complete)
@@ -248,10 +245,6 @@ def _accept(
         guesses = guesses[: first + len(ahead)]
     rest = mend(text.draft[place:], guesses[place:], kinds, text.end)
     text.draft, text.begin = text.draft[:place] + rest, place
-    if agreed == len(ahead):
-        text.window = None if text.window is None else 2 * text.window
-    else:
-        text.window = NARROW if len(text.accepted) > 1 and agreed < FEW else None
     if passes is not None and len(text.accepted) >= passes:
         rest = text.draft[place:][: text.limit - len(text.tokens)]
         text.tokens += rest

@@ -290,7 +290,7 @@ def test_a_guessed_word_takes_the_place_of_all_pieces_of_the_old_one():
     # word 0+1 becomes word 2, word 3 stays
     assert mend([0, 1, 3], [2, None, 3, 4], kinds, end=9) == [2, 3, 4]
     # the verifier ends the word before its second piece
-    assert mend([0, 1, 3], [0, 4, None], kinds, end=9) == [0, 4, 3]
+    assert mend([0, 1, 1, 3], [0, 2, None], kinds, end=9) == [0, 2, 3]
     # it goes on within the word: only that piece changes
     inside = TokenKinds(np.arange(5), np.array([START, INSIDE, INSIDE, START, MARK]))
     assert mend([0, 1, 3], [0, 2, 3], inside, end=9) == [0, 2, 3]

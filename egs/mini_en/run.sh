@@ -39,7 +39,7 @@ Trains the small English recogniser (Whisper tiny.en encoder, CTC, Paraformer, v
 A stage that is finished is skipped; remove its marker in WORK/done to run it again.
 
   0 recordings and evaluation sets   1 synthetic speech   2 Whisper: weights, transcripts, pruned vocabulary; manifests
-  3 training   4 average, export     5 scores             6 RESULTS.md, embedding
+  3 training   4 language model, export   5 scores        6 RESULTS.md, embedding
 
   --stage N          first stage (default $stage)
   --stop-stage N     last stage (default $stop_stage)
@@ -220,7 +220,17 @@ decoder() { from joint && train decoder "$decoder_minutes" "${settings_from[@]}"
 export_model() {
   local run="$work/exp/decoder"
   [ -e "$run/final.safetensors" ] || run="$work/exp/joint"
-  py export --run "$run" --name "$name" --out "$work/model"
+  local lm=()
+  if [ -e "$work/lm.safetensors" ]; then lm=(--lm "$work/lm.safetensors"); fi
+  py export --run "$run" --name "$name" --out "$work/model" "${lm[@]}"
+  if [ ${#lm[@]} -gt 0 ]; then
+    py tune_lm --model "$work/model" "${lm[@]}" --cuts "$work/cuts/dev.jsonl.gz" --write
+  fi
+}
+# The beam's word 3-gram; without books there is no text to make one of.
+language_model() {
+  if [ "$books" = 0 ]; then return 0; fi
+  py make_lm --work "$work" --out "$work/lm.safetensors"
 }
 scores() { py score --work "$work" --model "$work/model"; }
 results() {
@@ -244,6 +254,7 @@ if [ -n "$pack" ]; then part 2 pack packing; fi
 part 3 heads heads
 part 3 joint joint
 part 3 decoder decoder
+part 4 language_model language_model
 part 4 export export_model
 part 5 scores scores
 # Always made anew: it only reads what the other stages wrote.

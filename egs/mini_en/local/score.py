@@ -1,8 +1,8 @@
-"""Stage 5: error rates of a model folder on every evaluation set with each of its decoders.
+"""Stage 5: error rates of a model folder on every evaluation set with each way to decode it.
 
     python score.py --work work --model work/model [--dtype float32]
 
-Recognises work/eval/all.jsonl once with each decoder, as `nar-speech evaluate` does, and writes for each set
+Recognises work/eval/all.jsonl once in each way, as `nar-speech evaluate` does, and writes for each set
 work/scores/<set>.<decoder>.json and .txt (every utterance with its errors). Besides the sets: fluent
 (librispeech_other, vctk, jfk) and all.
 """
@@ -19,7 +19,15 @@ from nar_speech.hub import load_model
 from nar_speech.metrics import char_error_rate, word_error_rate
 from nar_speech.pipelines.evaluate import Evaluation, evaluate, report_lines
 
-DECODERS = ("ctc_greedy", "ctc_beam", "paraformer")
+# Column -> options of nar_speech.load_model. The first five write words without the verifier's full check.
+DECODERS = {
+    "ctc_greedy": {"decoder": "ctc_greedy", "verify": False},
+    "ctc_beam": {"decoder": "ctc_beam", "lm": None, "verify": False},
+    "ctc_beam_lm": {"decoder": "ctc_beam", "verify": False},
+    "paraformer": {"decoder": "paraformer", "verify": False},
+    "refined": {"decoder": "ctc_beam", "verify": True, "max_passes": 2},
+    "verified": {"decoder": "ctc_beam", "verify": True},
+}
 POOLS = {"fluent": ("librispeech_other", "vctk", "jfk"), "all": ()}
 
 
@@ -54,13 +62,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=list(DECODERS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder = args.work / "scores"
     folder.mkdir(parents=True, exist_ok=True)
     sets = pools(args.work / "eval")
-    for decoder in DECODERS:
-        model = load_model(str(args.model.resolve()), "cpu", args.dtype, decoder=decoder)
+    for decoder in args.decoders:
+        model = load_model(str(args.model.resolve()), "cpu", args.dtype, **DECODERS[decoder])
         found = evaluate(model, args.work / "eval" / "all.jsonl")
         if found.problems:
             raise SystemExit("\n".join(found.problems))

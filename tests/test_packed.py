@@ -11,6 +11,7 @@ from torch import nn
 from nar_speech.errors import InputError
 from nar_speech.layers.packed import (
     PackedLinear,
+    WindowProduct,
     keep_plain,
     linear_gelu,
     linear_relu,
@@ -115,6 +116,22 @@ def test_merged_layers_give_the_parts_side_by_side():
     assert not any(p.requires_grad for p in merged.parameters())
 
 
+@settings(deadline=None, max_examples=20)
+@given(
+    frames=st.integers(3, 30),
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 2),
+    batch=st.integers(1, 3),
+)
+def test_a_convolution_as_a_product_of_windows(frames, kernel, stride, padding, batch):
+    frames = max(frames, kernel)
+    conv = nn.Conv1d(5, 6, kernel, stride, padding).requires_grad_(False)
+    x = torch.randn(batch, 5, frames).transpose(1, 2)
+    want = nn.functional.gelu(conv(x.transpose(1, 2))).transpose(1, 2)
+    torch.testing.assert_close(WindowProduct(conv)(x, linear_gelu), want, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("lengths", [(61, 61), (61, 40)])
 def test_a_packed_whisper_encoder_gives_the_same(lengths):
     torch.manual_seed(0)
@@ -127,7 +144,10 @@ def test_a_packed_whisper_encoder_gives_the_same(lengths):
         packed = pack_linear_layers(copy.deepcopy(plain))
         assert {type(b.attn.merged) for b in (*packed.blocks, *packed.branch.blocks)} == {PackedLinear}
         torch.testing.assert_close(packed(x, lengths)[0], plain(x, lengths)[0], atol=1e-5, rtol=1e-5)
+        assert isinstance(packed.conv1.linear, PackedLinear)
         small = quantize_dynamic_int8(copy.deepcopy(plain))
+        assert type(small.conv1.linear) is nn.Linear
+        assert isinstance(small.conv2.linear, Int8Linear)
         assert isinstance(small.blocks[0].attn.merged, Int8Linear)
         error = (small(x, lengths)[0] - plain(x, lengths)[0]).norm() / plain(x, lengths)[0].norm()
         assert 0 < error < 0.05

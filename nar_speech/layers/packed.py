@@ -7,7 +7,7 @@ AMD processors to one that is not tuned for them. Here oneDNN gets the weights i
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +48,12 @@ def _pack(module: nn.Module) -> nn.Module:
 
 
 def merge_projections(module: nn.Module) -> nn.Module:
-    """Let the layers inside ``module`` that have a method ``merge_projections`` make one product of several.
+    """Let the layers of ``module`` that have a method ``merge_projections`` make one product of several.
 
     For inference: the names of the parameters change. Returns ``module``, changed in place.
     """
-    for part in module.modules():
-        if part is not module and hasattr(part, "merge_projections"):
+    for part in list(module.modules()):
+        if hasattr(part, "merge_projections"):
             part.merge_projections()
     return module
 
@@ -74,6 +74,11 @@ def merge_linears(linears: Sequence[nn.Linear]) -> nn.Linear:
 def keep_plain(linear: nn.Module) -> None:
     """Exempt a Linear layer whose weight is also read as a table from being packed or quantised."""
     linear.keep_plain = True
+
+
+def keep_float(linear: nn.Module) -> None:
+    """Exempt a Linear layer from being quantised; it may be packed."""
+    linear.keep_float = True
 
 
 def is_replaceable(module: nn.Module) -> bool:
@@ -114,6 +119,31 @@ class PackedLinear(nn.Module):
             return x.new_zeros(*x.shape[:-1], self.out_features)
         kind = "none" if activation == "gelu" else ""  # the exact one, not the tanh approximation
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, activation, [], kind)
+
+
+class WindowProduct(nn.Module):
+    """A Conv1d over time as one product of its windows, laid side by side, with a Linear layer.
+
+    It reads and gives rows of channels, as everything else does, and can be packed and quantised.
+    """
+
+    def __init__(self, conv: nn.Conv1d):
+        """``conv``: without groups and dilation, padded with zeros."""
+        super().__init__()
+        (self.kernel,), (self.stride,), (self.padding,) = conv.kernel_size, conv.stride, conv.padding
+        weight = conv.weight.detach().transpose(1, 2).flatten(1)  # (D, kernel * C)
+        self.linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        self.linear.weight = nn.Parameter(weight.contiguous(), False)
+        self.linear.bias = nn.Parameter(conv.bias.detach(), False)
+        self.train(conv.training)
+
+    def forward(self, x: Tensor, product: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        """(B, T, C) -> (B, T', D): ``product`` (:func:`linear_gelu`) of the layer and its (B, T', K C)."""
+        x = F.pad(x, (0, 0, self.padding, self.padding)).contiguous()
+        batch, frames, channels = x.shape
+        count = (frames - self.kernel) // self.stride + 1
+        strides = (frames * channels, self.stride * channels, 1)
+        return product(self.linear, x.as_strided((batch, count, self.kernel * channels), strides))
 
 
 def copy_around(module: nn.Module, packed: Tensor, memo: dict) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nar_speech.errors import InputError
+from nar_speech.layers.dot_product import allow_coarse
 from nar_speech.layers.packed import PackedLinear, copy_around, is_replaceable, merge_projections
 
 SMALLEST_OUTPUT = 16  # narrower layers (CIF's weight of a frame) gain no time and decide too much
@@ -26,9 +27,10 @@ def int8_available() -> bool:
 def quantize_dynamic_int8(module: nn.Module) -> nn.Module:
     """Replace the Linear layers of ``module`` by int8 ones, in place, for inference on an x86 CPU.
 
-    Layers with fewer than 16 outputs, convolutions, norms, LSTMs, embeddings and the attention products stay
-    in float32. The float weights are dropped: about a quarter of the memory is left, and the module can be
-    neither trained, saved nor loaded any more; quantise after loading.
+    Layers with fewer than 16 outputs, convolutions, norms, LSTMs and embeddings stay in float32; the products
+    inside attention become bfloat16 where the processor has those. The float weights are dropped: about a
+    quarter of the memory is left, and the module can be neither trained, saved nor loaded any more; quantise
+    after loading.
 
     Args:
         module: in eval mode, float32 or bfloat16 (made float32 first) parameters on the CPU.
@@ -49,12 +51,14 @@ def quantize_dynamic_int8(module: nn.Module) -> nn.Module:
         raise InputError("dtype int8: this model was used in another dtype before; load it again")
     if not int8_available():
         raise InputError("dtype int8: this PyTorch has no int8 kernels for this CPU; use float32")
+    allow_coarse(module)
     return _replace(merge_projections(module.float()))
 
 
 def _replace(module: nn.Module) -> nn.Module:
     if is_replaceable(module):
-        return Int8Linear(module) if module.out_features >= SMALLEST_OUTPUT else module
+        exempt = module.out_features < SMALLEST_OUTPUT or getattr(module, "keep_float", False)
+        return module if exempt else Int8Linear(module)
     for name, child in module.named_children():
         new = _replace(child)
         if new is not child:

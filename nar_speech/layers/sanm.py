@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nar_speech.config import MAX_BLOCKS, MAX_WIDTH, check_range
 from nar_speech.errors import ConfigError
+from nar_speech.layers.dot_product import dot_product_attention
 from nar_speech.layers.intermediate import Tap
 from nar_speech.layers.packed import linear_relu
 from nar_speech.layers.position import SinusoidPosition
@@ -96,6 +97,7 @@ class SANMAttention(nn.Module):
             raise ConfigError(f"attention_heads: width {size} is not a multiple of {heads} heads")
         self.heads = heads
         self.dropout = dropout
+        self.coarse = False  # see dot_product_attention
         self.left, self.right = memory_padding(kernel_size, shift)
         self.linear_q_k_v = nn.Linear(input_size, 3 * size)
         self.linear_out = nn.Linear(size, size)
@@ -112,12 +114,13 @@ class SANMAttention(nn.Module):
     def forward(self, x: Tensor, padding: Padding | None = None) -> Tensor:
         """(B, T, input_size) -> (B, T, size)."""
         query, key, value = self.linear_q_k_v(x).chunk(3, dim=-1)
-        context = F.scaled_dot_product_attention(
+        context = dot_product_attention(
             split_heads(query, self.heads),
             split_heads(key, self.heads),
             split_heads(value, self.heads),
-            attn_mask=None if padding is None else padding.keys,
-            dropout_p=self.dropout if self.training else 0.0,
+            mask=None if padding is None else padding.keys,
+            dropout=self.dropout if self.training else 0.0,
+            coarse=self.coarse,
         )
         return self.linear_out(merge_heads(context)) + self.memory(value, padding)
 
@@ -267,6 +270,7 @@ class CrossAttention(nn.Module):
             raise ConfigError(f"attention_heads: width {size} is not a multiple of {heads} heads")
         self.heads = heads
         self.dropout = dropout
+        self.coarse = False  # see dot_product_attention
         self.linear_q = nn.Linear(size, size)
         self.linear_k_v = nn.Linear(memory_size or size, 2 * size)
         self.linear_out = nn.Linear(size, size)
@@ -280,12 +284,13 @@ class CrossAttention(nn.Module):
             keys: (B, 1, 1, T) bool, true where attention may look; None: everywhere.
         """
         key, value = self.linear_k_v(memory).chunk(2, dim=-1)
-        context = F.scaled_dot_product_attention(
+        context = dot_product_attention(
             split_heads(self.linear_q(x), self.heads),
             split_heads(key, self.heads),
             split_heads(value, self.heads),
-            attn_mask=keys,
-            dropout_p=self.dropout if self.training else 0.0,
+            mask=keys,
+            dropout=self.dropout if self.training else 0.0,
+            coarse=self.coarse,
         )
         return self.linear_out(merge_heads(context))
 

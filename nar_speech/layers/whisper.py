@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from nar_speech.config import MAX_BLOCKS, MAX_WIDTH, check_range
 from nar_speech.errors import ConfigError, InputError
+from nar_speech.layers.dot_product import dot_product_attention
 from nar_speech.layers.intermediate import Tap
-from nar_speech.layers.packed import linear_gelu, merge_linears
+from nar_speech.layers.packed import WindowProduct, keep_float, linear_gelu, merge_linears
 from nar_speech.layers.sanm import make_keys, merge_heads, split_heads
 
 
@@ -82,6 +83,7 @@ class WhisperAttention(nn.Module):
         self.value = nn.Linear(size, size)
         self.out = nn.Linear(size, size)
         self.merged: nn.Module | None = None
+        self.coarse = False  # see dot_product_attention
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); ``keys`` (B, 1, 1, T) bool is true where attention may look, None: all."""
@@ -89,10 +91,11 @@ class WhisperAttention(nn.Module):
             projected = self.query(x), self.key(x), self.value(x)
         else:
             projected = self.merged(x).chunk(3, dim=-1)
-        context = F.scaled_dot_product_attention(
+        context = dot_product_attention(
             *(split_heads(part, self.heads) for part in projected),
-            attn_mask=keys,
-            dropout_p=self.dropout if self.training else 0.0,
+            mask=keys,
+            dropout=self.dropout if self.training else 0.0,
+            coarse=self.coarse,
         )
         return self.out(merge_heads(context))
 
@@ -228,12 +231,23 @@ class WhisperEncoder(nn.Module):
     def _subsample(self, x: Tensor, lengths: Tensor) -> Tensor:
         """(B, T, F) -> (B, ceil(T / 2), D). Padding is zero before each convolution."""
         keys = make_keys(lengths, x.shape[1])
-        x = x.transpose(1, 2)
-        if keys is None:
-            return F.gelu(self.conv2(F.gelu(self.conv1(x)))).transpose(1, 2)
-        valid = keys[:, 0]
-        x = F.gelu(self.conv1(x.masked_fill(~valid, 0.0))).masked_fill(~valid, 0.0)
-        return F.gelu(self.conv2(x)).transpose(1, 2)
+        padded = None if keys is None else ~keys[:, 0, 0, :, None]
+        x = self._convolve(self.conv1, x if padded is None else x.masked_fill(padded, 0.0))
+        x = self._convolve(self.conv2, x if padded is None else x.masked_fill(padded, 0.0))
+        return x.contiguous()  # rows of channels, which is what the norms and products of the blocks read
+
+    @staticmethod
+    def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
+        """GELU of a convolution over time of (B, T, C)."""
+        if isinstance(conv, WindowProduct):
+            return conv(x, linear_gelu)
+        return F.gelu(conv(x.transpose(1, 2)).transpose(1, 2))
+
+    def merge_projections(self) -> None:
+        """Make products of the convolutions, for inference."""
+        if isinstance(self.conv1, nn.Conv1d):
+            self.conv1, self.conv2 = WindowProduct(self.conv1), WindowProduct(self.conv2)
+            keep_float(self.conv1.linear)  # few products, and everything depends on them
 
     def _drop(self, before: Tensor, after: Tensor) -> Tensor:
         """LayerDrop, drawn per utterance: every parameter keeps a gradient, as DDP wants."""

@@ -1,0 +1,61 @@
+"""Scaled dot-product attention, with products in bfloat16 where a model computes coarsely anyway."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_SCORES = 1 << 20  # scores made at once: they stay in a processor's cache
+
+
+def dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    coarse: bool = False,
+) -> Tensor:
+    """softmax(query key^T / sqrt(D)) value.
+
+    Args:
+        query: (B, H, Q, D). key, value: (B, H, K, D).
+        mask: (B, 1, 1, K) bool, true where a query may look, at one place at least; None: everywhere.
+        dropout: on the weights; above 0 in training only.
+        coarse: a float32 computation may use bfloat16 products (int8 models do); as bfloat16 ones do anyway.
+
+    Returns:
+        (B, H, Q, D) in the dtype of ``query``.
+    """
+    wanted = coarse or query.dtype == torch.bfloat16
+    if not wanted or dropout > 0.0 or torch.is_grad_enabled() or not _has_products(query.device.type):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    dtype = query.dtype
+    query = query.to(torch.bfloat16) * query.shape[-1] ** -0.5
+    key, value = key.to(torch.bfloat16).transpose(-1, -2), value.to(torch.bfloat16)
+    rows = max(BLOCK_SCORES // (query.shape[0] * query.shape[1] * key.shape[-1]), 32)
+    parts = []
+    for block in query.split(rows, dim=2):
+        scores = block @ key
+        if mask is not None:
+            scores.masked_fill_(~mask, float("-inf"))
+        parts.append(scores.softmax(-1) @ value)  # float32 inside the softmax
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).to(dtype)
+
+
+@functools.cache
+def _has_products(device: str) -> bool:
+    """Whether this processor multiplies bfloat16 numbers; elsewhere PyTorch's fused kernel is better."""
+    from nar_speech.layers.processor import has
+
+    return device == "cpu" and torch.backends.mkldnn.is_available() and has("_is_avx512_bf16_supported")
+
+
+def allow_coarse(module: torch.nn.Module) -> None:
+    """Let the attention layers of ``module`` (those with an attribute ``coarse``) use bfloat16 products."""
+    for part in module.modules():
+        if hasattr(part, "coarse"):
+            part.coarse = True

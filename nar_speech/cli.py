@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
+import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nar_speech.errors import ConfigError, InputError, NarSpeechError
 from nar_speech.version import __version__
@@ -60,6 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error is said; ``--help`` has the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Complain and exit with code 2."""
+        if message.startswith("argument "):
+            message = message.removeprefix("argument ")
+        complain(f"{message}; see '{self.prog} --help'")
+        self.exit(FAILED)
+
+
 def complain(message: str) -> None:
     """One line on stderr."""
     print(f"nar-speech: error: {' '.join(message.split())}", file=sys.stderr)
@@ -67,7 +80,7 @@ def complain(message: str) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nar-speech", description="Non-autoregressive speech recognition: audio in, text out."
     )
     parser.add_argument("--version", action="version", version=f"nar-speech {__version__}")
@@ -86,14 +99,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"got '{text}'; must be a number")
+    return value
+
+
 def _positive(kind: type) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
-        value = kind(text)
-        if not value > 0 or value == float("inf"):
-            raise ValueError
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < math.inf:
+            article = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"got '{text}'; must be {article} above 0")
         return value
 
-    parse.__name__ = "whole number above 0" if kind is int else "number above 0"
     return parse
 
 
@@ -103,9 +129,6 @@ def _threads(text: str) -> int:
     if threads > MAX_THREADS:
         raise argparse.ArgumentTypeError(f"got {threads}; must be 1 to {MAX_THREADS}")
     return threads
-
-
-_threads.__name__ = "whole number above 0"
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +142,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         default="float32",
-        choices=("auto", "float32", "bfloat16", "int8"),
+        choices=("auto", "float32", "fp32", "bfloat16", "bf16", "int8"),
         help="auto: what this processor computes fastest; int8: CPU only",
     )
     group.add_argument("--threads", type=_threads, metavar="N", help="CPU threads of PyTorch")
@@ -132,8 +155,8 @@ def _decoding_options(parser: argparse.ArgumentParser) -> None:
     lm = group.add_mutually_exclusive_group()
     lm.add_argument("--lm", metavar="FILE", help="n-gram model for ctc_beam: compact or ARPA")
     lm.add_argument("--no-lm", action="store_true", help="ctc_beam without the model's own language model")
-    group.add_argument("--lm-weight", type=float, metavar="X", help="weight of the language model")
-    group.add_argument("--word-bonus", type=float, metavar="X", help="added per word with a language model")
+    group.add_argument("--lm-weight", type=_number, metavar="X", help="weight of the language model")
+    group.add_argument("--word-bonus", type=_number, metavar="X", help="added per word with a language model")
     group.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -143,7 +166,7 @@ def _decoding_options(parser: argparse.ArgumentParser) -> None:
         "--max-passes", type=_positive(int), metavar="N", help="of the verifier; fewer: faster"
     )
     group.add_argument("--hotwords", metavar="FILE|WORDS", help="a file with one a line, or a,b,c")
-    group.add_argument("--hotword-score", type=float, metavar="X", help="bonus per token in ctc_beam")
+    group.add_argument("--hotword-score", type=_number, metavar="X", help="bonus per token in ctc_beam")
     group.add_argument("--language", help="language of the speech, where the model can be told")
     group.add_argument("--textnorm", choices=("withitn", "woitn"), help="SenseVoice: written or spoken form")
     group.add_argument(
@@ -310,7 +333,14 @@ def _keep_inputs(option: str, output: str, inputs: Sequence[str | Path]) -> None
 
 
 def _targets(names: Mapping[str, Path], folder: Path, suffix: str) -> dict[str, Path]:
-    """The output file of every input: its name with another suffix, or one more where two would clash."""
+    """The output file of every input: its name with another suffix, or one more where two would clash.
+
+    Inputs of different folders with the same name keep as much of their paths as tells them apart.
+
+    Raises:
+        ConfigError: an input that is named twice.
+    """
+    names = _told_apart(names)
     plain = Counter(name.with_suffix("") for name in names.values())
     targets = {
         source: folder / (name.with_suffix("") if plain[name.with_suffix("")] == 1 else name)
@@ -319,8 +349,22 @@ def _targets(names: Mapping[str, Path], folder: Path, suffix: str) -> dict[str, 
     count = Counter(targets.values())
     clash = next((source for source, target in targets.items() if count[target] > 1), None)
     if clash is not None:
-        raise ConfigError(f"{clash}: another input has the same file name; write them to different folders")
+        raise ConfigError(f"{clash}: another input would be written to the same file; name each input once")
     return {source: target.with_name(f"{target.name}.{suffix}") for source, target in targets.items()}
+
+
+def _told_apart(names: Mapping[str, Path]) -> dict[str, Path]:
+    """``names``; where several inputs have the same, their paths below the folder that they share."""
+    groups: dict[Path, list[str]] = {}
+    for source, name in names.items():
+        groups.setdefault(name, []).append(source)
+    apart = dict(names)
+    for group in groups.values():
+        paths = {source: os.path.abspath(source) for source in group}
+        if len(group) > 1 and len(set(paths.values())) == len(group):
+            shared = os.path.commonpath([os.path.dirname(path) for path in paths.values()])
+            apart.update((source, Path(os.path.relpath(path, shared))) for source, path in paths.items())
+    return apart
 
 
 def _rendered(transcript: Any, options: argparse.Namespace, named: bool) -> str:
@@ -342,8 +386,8 @@ def _sink(output: str | None, folder: bool):
         if folder:
             yield _write_whole
         elif output is not None:
-            with open(output, "w", encoding="utf-8", errors="surrogateescape") as file:
-                yield lambda _, text: (file.write(text), file.flush())
+            with _late_file(output) as write:
+                yield lambda _, text: write(text)
         else:
             yield lambda _, text: (sys.stdout.write(text), sys.stdout.flush())
     except OSError as error:
@@ -352,6 +396,32 @@ def _sink(output: str | None, folder: bool):
         raise InputError(
             f"{error.filename or output}: can't write ({error.strerror}); check the path"
         ) from error
+
+
+@contextmanager
+def _late_file(path: str) -> Iterator[Callable[[str], None]]:
+    """A function that writes to a file.
+
+    The file is opened at once, so that a bad path is an early error, and emptied at the first write: where
+    nothing is written an older file stays as it was, and a new one does not stay.
+    """
+    new = not os.path.lexists(path)
+    with open(path, "a", encoding="utf-8", errors="surrogateescape") as file:
+        regular, started = stat.S_ISREG(os.fstat(file.fileno()).st_mode), False
+
+        def write(text: str) -> None:
+            nonlocal started
+            if regular and not started:
+                file.truncate(0)
+            started = True
+            file.write(text)
+            file.flush()
+
+        try:
+            yield write
+        finally:
+            if new and regular and not started:
+                os.unlink(path)
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -406,12 +476,12 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.report:
         _keep_inputs("--report", options.report, [options.manifest, *paths])
     transcriber = _load(options)
-    with _progress(paths) as progress:
-        found = run(transcriber, options.manifest, options.normalize, options.batch_seconds, progress)
-    for problem in found.problems:
-        complain(problem)
-    if options.report:
-        with _sink(options.report, folder=False) as write:
+    with _sink(options.report, folder=False) as write:  # before the work: a path that is wrong is said first
+        with _progress(paths) as progress:
+            found = run(transcriber, options.manifest, options.normalize, options.batch_seconds, progress)
+        for problem in found.problems:
+            complain(problem)
+        if options.report:
             for line in report_lines(found):
                 write(None, f"{line}\n")
     if options.json:

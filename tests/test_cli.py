@@ -161,10 +161,53 @@ def test_names_that_clash(run, audio, tmp_path):
     soundfile.write(tmp_path / "a.flac", noise(0.3), RATE)
     assert run("transcribe", audio / "a.wav", tmp_path / "a.flac", "-o", f"{tmp_path}/out/")[0] == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.flac.txt", "a.wav.txt"]
-    soundfile.write(tmp_path / "a.wav", noise(0.3), RATE)
-    code, _, err = run("transcribe", audio / "a.wav", tmp_path / "a.wav", "-o", f"{tmp_path}/out/")
+    code, _, err = run("transcribe", audio / "a.wav", audio / "sub/../a.wav", "-o", f"{tmp_path}/out/")
     assert code == 2
-    assert "same file name" in err
+    assert "name each input once" in err
+    assert err.count("\n") == 1
+
+
+def test_equal_names_in_different_folders_keep_their_folders(run, tmp_path):
+    for name in ("d1/a.wav", "d2/a.wav", "d2/b.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        soundfile.write(tmp_path / name, noise(0.3), RATE)
+    for out, inputs in (
+        ("folders", (tmp_path / "d1", tmp_path / "d2")),
+        ("files", (tmp_path / "d1/a.wav", tmp_path / "d2/b.wav", tmp_path / "d2/a.wav")),
+    ):
+        assert run("transcribe", *inputs, "-o", f"{tmp_path / out}/")[0] == 0
+        written = sorted(str(p.relative_to(tmp_path / out)) for p in (tmp_path / out).rglob("*.txt"))
+        assert written == ["b.txt", "d1/a.txt", "d2/a.txt"]
+
+
+def test_an_output_file_is_emptied_only_by_a_result(run, audio, texts, tmp_path):
+    out, bad = tmp_path / "out.txt", tmp_path / "bad.wav"
+    bad.write_bytes(b"broken")
+    assert run("transcribe", bad, "-o", out)[0] == 2
+    assert not out.exists()
+    out.write_text("of yesterday, and longer than anything that is written today" * 9)
+    kept = out.read_text()
+    assert run("transcribe", bad, "-o", out)[0] == 2
+    assert out.read_text() == kept
+    assert run("transcribe", audio / "a.wav", "-o", out)[0] == 0
+    assert out.read_text() == texts["a.wav"] + "\n"
+    assert run("transcribe", audio / "a.wav", "-o", "/dev/null") == (0, "", "")
+
+
+def test_a_report_that_cannot_be_written_is_said_before_the_work(run, audio, tmp_path, monkeypatch):
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(json.dumps({"path": str(audio / "a.wav"), "text": "a"}) + "\n")
+    monkeypatch.setattr(nar_speech.Transcriber, "results", None)
+    code, _, err = run("evaluate", manifest, "--report", tmp_path / "gone" / "report.txt")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "report.txt: can't write" in err
+
+
+@pytest.mark.parametrize(("long", "short"), [("float32", "fp32"), ("bfloat16", "bf16")])
+def test_short_names_of_dtypes(run, audio, long, short):
+    found = run("transcribe", audio / "a.wav", "--dtype", short)
+    assert found[0] == 0
+    assert found == run("transcribe", audio / "a.wav", "--dtype", long)
 
 
 def test_standard_input(run, audio, texts, monkeypatch):
@@ -231,26 +274,32 @@ def test_wrong_usage_is_one_line_and_2(run, audio, monkeypatch, words, message):
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "message"),
     [
-        [],
-        ["nothing"],
-        ["transcribe"],
-        ["transcribe", "a.wav", "--beam", "0"],
-        ["transcribe", "a.wav", "--beam", "many"],
-        ["transcribe", "a.wav", "--batch-seconds", "inf"],
-        ["transcribe", "a.wav", "--threads", "100000"],
-        ["transcribe", "a.wav", "--decoder", "magic"],
-        ["transcribe", "a.wav", "--dtype", "float8"],
-        ["models"],
-        ["models", "import", "x"],
+        ([], "the following arguments are required: COMMAND; see 'nar-speech --help'"),
+        (["nothing"], "'nothing'"),
+        (["transcribe"], "are required: INPUT; see 'nar-speech transcribe --help'"),
+        (["transcribe", "a.wav", "--beam", "0"], "--beam: got '0'; must be a whole number above 0"),
+        (["transcribe", "a.wav", "--beam", "many"], "--beam: got 'many'; must be a whole number above 0"),
+        (["transcribe", "a.wav", "--batch-seconds", "inf"], "--batch-seconds: got 'inf'; must be a number"),
+        (["transcribe", "a.wav", "--hotword-score", "inf"], "--hotword-score: got 'inf'; must be a number"),
+        (["transcribe", "a.wav", "--lm-weight", "a"], "--lm-weight: got 'a'; must be a number"),
+        (["transcribe", "a.wav", "--threads", "100000"], "--threads: got 100000; must be 1 to 1024"),
+        (["transcribe", "a.wav", "--decoder", "magic"], "--decoder: "),
+        (["transcribe", "a.wav", "--dtype", "float8"], "--dtype: "),
+        (["transcribe", "a.wav", "--bem", "3"], "--bem"),
+        (["models"], "are required: ACTION; see 'nar-speech models --help'"),
+        (["models", "import", "x"], "are required: target; see 'nar-speech models import --help'"),
     ],
 )
-def test_usage_errors_of_the_parser(words, capsys):
+def test_usage_errors_of_the_parser(words, message, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
     assert stop.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert line.startswith("nar-speech: error: ")
+    assert line.count("\n") == 1
+    assert message in line
 
 
 def test_choices_are_those_of_the_library():

@@ -2,6 +2,7 @@
 
 import functools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nar_speech
+from nar_speech import cli, hub
 from nar_speech.errors import ConfigError
+from nar_speech.model_folder import DecodingConfig, change_model_decoding, check_sums, read_model_file
+from nar_speech.pipelines.language_model import LanguageModels
 from nar_speech.search.ctc import ContextGraph, prefix_beam
 from nar_speech.search.word_lm import Lexicon, TokenLm, WordLm, word_lexicon
+from nar_speech.text.arpa import write_arpa
 from nar_speech.text.kneser_ney import choose_vocabulary, estimate
+from nar_speech.text.tokenizer import CharTokenizer
+from tests.model_folders import ctc_folder, paraformer_folder
 from tests.test_search_ctc import all_sequences
 
 MARK = "\u2581"
@@ -123,6 +131,26 @@ def test_batch_is_single_and_context_adds(options):
     assert any(h.context_score > 0 for row in together for h in row)
 
 
+def test_recombination_makes_the_beam_reach_further():
+    lm = make_lm()
+    scorer = WordLm(lm, word_lexicon(lm, PIECES), 0.7, 0.5, -1.0)
+    log_probs = torch.cat([random_log_probs(seed, 30, len(PIECES), 2.0) for seed in range(12)])
+    lengths = torch.tensor([30, 25, 20] * 4)
+    options = {"candidates": 7, "lm": scorer, "lm_weight": 1.0}
+
+    def best(beam, **more):
+        lists = prefix_beam(log_probs, lengths, beam, **options, **more)
+        return np.array([row[0].score for row in lists])
+
+    plain, recombined, wide = best(6), best(6, recombine=True), best(60)
+    assert (recombined - plain).mean() > 0
+    assert recombined.mean() > plain.mean() + 0.3 * (wide - plain).mean()
+    single = prefix_beam(log_probs[1:2, :25], lengths[1:2], 6, recombine=True, **options)[0][0]
+    assert single.score == pytest.approx(recombined[1], abs=1e-9)
+    words = words_of(single.tokens)
+    assert single.lm_score == pytest.approx(lm_score(lm, words, 0.7, 0.5, -1.0), abs=1e-6)
+
+
 def test_floor_leaves_out_the_improbable():
     log_probs = torch.tensor([[[0.6, 0.3, 0.0999, 1e-4]]]).log()
     lengths = torch.tensor([1])
@@ -200,3 +228,120 @@ def test_models_that_do_not_fit():
         word_lexicon(make_lm(), ["<blank>", f"{MARK}A", "B"])
     with pytest.raises(ConfigError, match="can spell none of its words"):
         word_lexicon(make_lm(), ["<blank>", "a", "b"])
+
+
+# ---- in the pipeline ----
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    base = tmp_path_factory.mktemp("lm")
+    lm = make_lm(2, ("the cat sees a dog", "a dog sees the cat", "the dog", "cat dog the a", "x y z"))
+    return {"lm": lm.save(base / "lm.safetensors"), "arpa": write_arpa(lm, base / "lm.arpa"), "base": base}
+
+
+def noise(seconds, seed=0):
+    return np.random.default_rng(seed).normal(0, 0.1, int(16000 * seconds)).astype(np.float32)
+
+
+def test_transcriber_follows_the_model(files, tmp_path):
+    folder = ctc_folder(tmp_path / "c")
+    weights = {"lm_weight": 2.0, "word_bonus": -1.0, "unknown_word": -5.0, "decoder": "ctc_beam", "beam": 12}
+    plain = nar_speech.load_model(folder, device="cpu", decoder="ctc_beam", beam=12)
+    guided = nar_speech.load_model(folder, device="cpu", lm=str(files["lm"]), **weights)
+    waves = [noise(1.0, seed) for seed in range(3)]
+    texts = [guided(wave).text for wave in waves]
+    assert texts != [plain(wave).text for wave in waves]
+    assert texts == [t.text for t in guided(waves)]
+    assert [t.text for t in plain(waves, lm=str(files["arpa"]), **weights)] == texts
+    assert [t.text for t in guided(waves, lm=None)] == [t.text for t in plain(waves)]
+    # Only words of the model: its letters are pieces, "<space>" ends a word.
+    known = {"the", "cat", "sees", "a", "dog", "x", "y", "z"}
+    scorer = guided.recognizer.language_model(guided.decoding_for({}))
+    assert {scorer.lm.words[i] for i in scorer._word} - known == {"<unk>"}
+    nbest = guided(waves[0], nbest=4).segments[0].nbest
+    assert [h.score for h in nbest] == sorted((h.score for h in nbest), reverse=True)
+    assert guided(waves[0], hotwords=("zzz",), hotword_score=30.0).text != texts[0]
+
+
+def test_auto_takes_the_beam(files, tmp_path):
+    model = nar_speech.load_model(paraformer_folder(tmp_path / "p"), device="cpu")
+    wave = noise(1.0)
+    lm = str(files["lm"])
+    assert model(wave, lm=lm).text == model(wave, lm=lm, decoder="ctc_beam").text
+    assert model(wave, lm=lm, decoder="paraformer").text == model(wave, decoder="paraformer").text
+
+
+def test_model_folder_holds_its_language_model(files, tmp_path):
+    decoding = {"decoder": "ctc_beam", "lm": str(files["lm"]), "lm_weight": 1.5}
+    folder = ctc_folder(tmp_path / "c", decoding=decoding)
+    file = read_model_file(folder)
+    assert file.decoding.lm == "lm.safetensors"
+    assert "lm.safetensors" in file.sha256
+    check_sums(folder, file.sha256)
+    wave = noise(1.0)
+    own = nar_speech.load_model(folder, device="cpu")(wave).text
+    assert own == nar_speech.load_model(ctc_folder(tmp_path / "d"), device="cpu", **decoding)(wave).text
+    copy = hub.import_model(folder, tmp_path / "copy")
+    assert nar_speech.load_model(copy, device="cpu")(wave).text == own
+    assert all(check.passed for check in hub.verify(copy))
+    changed = change_model_decoding(copy, lm=str(files["arpa"]), beam=7)
+    assert (changed.decoding.lm, changed.decoding.beam, changed.decoding.lm_weight) == ("lm.arpa", 7, 1.5)
+    assert not (copy / "lm.safetensors").exists()
+    check_sums(copy, read_model_file(copy).sha256)
+    assert read_model_file(copy).sha256.keys() == changed.sha256.keys() >= {"lm.arpa"}
+    change_model_decoding(copy, lm=None)
+    assert not (copy / "lm.arpa").exists()
+    check_sums(copy, read_model_file(copy).sha256)
+    with pytest.raises(ConfigError, match=r"decoding\.lm: no file"):
+        change_model_decoding(copy, lm=str(tmp_path / "none.arpa"))
+    (folder / "lm.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"lm\.safetensors: can't read the language model"):
+        nar_speech.load_model(folder, device="cpu")(wave)
+
+
+def test_words_or_tokens(files):
+    letters = CharTokenizer(["<blank>", "<space>", *"abcdeghostx"])
+    decoding = DecodingConfig(lm=str(files["lm"]))
+    models = LanguageModels(letters)
+    scorer = models(decoding)
+    assert isinstance(scorer, WordLm)
+    assert models(decoding) is scorer
+    assert models(replace(decoding, lm_weight=0.1)).lexicon is scorer.lexicon
+    path = make_lm(2, ("a b c", "d e", "a e")).save(files["base"] / "tokens.safetensors")
+    assert isinstance(models(replace(decoding, lm=str(path))), TokenLm)
+    assert isinstance(LanguageModels(CharTokenizer(list("abcde")))(replace(decoding, lm=str(path))), TokenLm)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lm_weight": -1.0}, {"unknown_word": 0.5}, {"lm": ""}, {"lm_weight": float("nan")}]
+)
+def test_wrong_weights(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        nar_speech.pipelines.transcribe.change_decoding(DecodingConfig(), wrong)
+
+
+def test_command_line(files, tmp_path, capsys):
+    import soundfile
+
+    folder = ctc_folder(
+        tmp_path / "c", decoding={"decoder": "ctc_beam", "lm": str(files["lm"]), "lm_weight": 3}
+    )
+    audio = tmp_path / "a.wav"
+    soundfile.write(audio, noise(1.0), 16000)
+
+    def run(*options):
+        code = cli.main(["transcribe", "--model", str(folder), "--device", "cpu", str(audio), *options])
+        return code, *capsys.readouterr()
+
+    own, plain = run(), run("--no-lm")
+    assert own[0] == plain[0] == 0
+    assert own[1] != plain[1]
+    assert run("--lm", str(files["arpa"]))[1] == own[1]
+    assert run("--lm-weight", "0", "--word-bonus", "0")[1] != own[1]
+    code, out, err = run("--lm", str(tmp_path / "none.arpa"))
+    assert (code, out) == (2, "")
+    assert "none.arpa: can't read the language model" in err
+    code, _, err = run("--lm", str(files["lm"]), "--decoder", "ctc_greedy")
+    assert code == 2
+    assert "takes no language model" in err

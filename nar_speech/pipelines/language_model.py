@@ -5,19 +5,20 @@ from __future__ import annotations
 from nar_speech.model_folder import DecodingConfig
 from nar_speech.search.prefix_beam import Scorer
 from nar_speech.search.word_lm import WORD_START, Lexicon, TokenLm, WordLm, word_lexicon
-from nar_speech.text.ngram import NgramModel
+from nar_speech.text.ngram import END, START, UNKNOWN, NgramModel
 from nar_speech.text.tokenizer import Tokenizer
 
 
 class LanguageModels:
     """The language model of the last decoding that named one.
 
-    A model is over words if the tokenizer's pieces tell where words begin, and over tokens otherwise, or if
-    its own words are such pieces.
+    A model is over tokens if most of its words are pieces of the tokenizer, or if these do not tell where
+    words begin; else it is over words.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.pieces = tokenizer.pieces(range(tokenizer.vocab_size))
+        pieces = tokenizer.pieces(range(tokenizer.vocab_size))
+        self.pieces = [WORD_START if piece == "<space>" else piece for piece in pieces]
         self._path: str | None = None
         self._model: NgramModel | None = None
         self._lexicon: Lexicon | None = None
@@ -41,7 +42,8 @@ class LanguageModels:
 
     def _make(self, model: NgramModel, weight: float, bonus: float, unknown: float) -> Scorer:
         marked = any(piece.startswith(WORD_START) for piece in self.pieces)
-        if not marked or any(word.startswith(WORD_START) for word in model.words):
+        words = set(model.words) - {UNKNOWN, START, END}
+        if not marked or len(words.intersection(self.pieces)) > len(words) / 2:
             return TokenLm(model, self.pieces, weight, bonus)
         if self._lexicon is None:
             self._lexicon = word_lexicon(model, self.pieces)

@@ -298,11 +298,9 @@ class Recognizer:
         times: bool,
     ) -> list[Recognized]:
         if decoder.startswith("ctc"):
-            encoded, lengths = self.network.encode(feats, lengths)
             log_probs = self.network.ctc_logits(encoded).float().log_softmax(-1)
             return self._search(log_probs, lengths, durations, decoder, decoding, bias, times)
         hotwords = [list(ids) for ids in bias.phrases] if bias else None
-        encoded, lengths = self.network.encode(feats, lengths)
         self._refuse_nan(encoded, lengths)
         cif = self.network.predict(encoded, lengths)
         log_probs = self.network.recognise(encoded, lengths, cif, hotwords)
@@ -456,6 +454,7 @@ class Recognizer:
                 lm_weight=1.0,  # the scorer has its weights inside
                 blank_skip=decoding.blank_skip,
                 floor=None if lm is None else LM_FLOOR,
+                recombine=lm is not None and decoding.nbest == 1,
             )
         best = [hypotheses[0] for hypotheses in lists]
         if rescore is not None:

@@ -23,6 +23,7 @@ from nar_speech.search.hypothesis import CtcHypothesis
 
 # A prefix that exists but has probability zero sorts behind all others and before "no prefix" (-inf).
 IMPOSSIBLE = -1e30
+RECOMBINED = 3  # times the beam: extensions among which equal futures are looked for
 NOTHING = -2  # in place of a candidate's id: no candidate
 # Rows of the float state: log probability of ending in a blank or in the last token, the same of the best
 # single path, and what context and LM added.
@@ -60,6 +61,7 @@ def prefix_beam(
     lm_weight: float = 0.3,
     blank_skip: float | None = None,
     floor: float | None = None,
+    recombine: bool = False,
 ) -> list[list[CtcHypothesis]]:
     """Most probable token sequences of each utterance.
 
@@ -76,6 +78,9 @@ def prefix_beam(
             frame; speeds the search up, nearly without a change. None: every frame counts.
         floor: candidates less probable than the frame's best by more than this (natural log; 8, say) are
             left out, which makes clear frames fast. None: all ``candidates`` count.
+        recombine: of prefixes that the scorers and the last token can't tell apart, only the best keeps a
+            place in the beam (the others fill places that are left). With an n-gram model a beam goes much
+            further so, but the lists of hypotheses are poorer in alternatives.
 
     Returns:
         For each utterance its hypotheses, best first. ``times`` are frames of the best path.
@@ -98,7 +103,7 @@ def prefix_beam(
         values, symbols = np.where(near, values, -np.inf), np.where(near, symbols, NOTHING)
         widths = near.sum(2)
     order = np.argsort(-counts, kind="stable")
-    search = PrefixBeamSearch(batch, beam, blank, context, lm, lm_weight)
+    search = PrefixBeamSearch(batch, beam, blank, context, lm, lm_weight, recombine)
     for t in range(int(counts.max(initial=0))):
         active = order[: int((counts > t).sum())]
         width = int(widths[active, t].max())
@@ -155,7 +160,7 @@ class PrefixBeamSearch:
     Rows of the batch are ordered by length, longest first: a step with n rows advances the first n.
 
     Args:
-        batch, beam, blank, context, lm, lm_weight: see :func:`prefix_beam`.
+        batch, beam, blank, context, lm, lm_weight, recombine: see :func:`prefix_beam`.
     """
 
     def __init__(
@@ -166,8 +171,9 @@ class PrefixBeamSearch:
         context: ContextGraph | None = None,
         lm: Scorer | None = None,
         lm_weight: float = 0.3,
+        recombine: bool = False,
     ):
-        self.batch, self.beam, self.blank = batch, beam, blank
+        self.batch, self.beam, self.blank, self.recombine = batch, beam, blank, recombine
         self.context, self.lm, self.lm_weight = context, lm, lm_weight
         self.floats = np.full((6, batch, beam), -np.inf)
         self.floats[CONTEXT:] = 0.0
@@ -239,7 +245,7 @@ class PrefixBeamSearch:
         rank = np.concatenate([rank_stay, rank_grown.reshape(n, -1)], 1)
         there = np.concatenate([alive, allowed.reshape(n, -1)], 1)
         rank = np.where(there, np.maximum(rank, IMPOSSIBLE), -np.inf)
-        top = _best(rank, self.beam)
+        top = self._distinct(rank, ints, symbols, next_states) if self.recombine else _best(rank, self.beam)
 
         # Carry the chosen ones over.
         grows = top >= self.beam
@@ -272,6 +278,26 @@ class PrefixBeamSearch:
         self._nodes.append(np.stack([old[NODE], symbol, new[TIME_BEFORE]]))
         self.floats[:, :n], self.ints[:, :n] = new_floats, new
         self.exists[:n] = rank[rows, top] > -np.inf
+
+    def _distinct(
+        self, rank: np.ndarray, ints: np.ndarray, symbols: np.ndarray, states: list[np.ndarray | None]
+    ) -> np.ndarray:
+        """Like :func:`_best`, but those that will go on like a better one come last."""
+        top = _best(rank, min(rank.shape[1], RECOMBINED * self.beam))
+        width, rows = symbols.shape[1], np.arange(len(top))[:, None]
+        grows, column = top >= self.beam, (top - self.beam) % width
+        source = np.where(grows, (top - self.beam) // width, top)
+        future = np.where(grows, symbols[rows, column], ints[LAST][rows, source])
+        for now, after in zip(ints[CONTEXT_STATE:], states, strict=True):
+            if after is not None:
+                state = np.where(grows, after[rows, source, column], now[rows, source])
+                future = _extend_key(future, state)
+        size = top.shape[1]
+        same = future[:, :, None] == future[:, None, :]
+        worse = (same & np.tri(size, k=-1, dtype=bool)).any(2)
+        worse |= rank[rows, top] == -np.inf
+        order = np.argsort(worse, axis=1, kind="stable")[:, : self.beam]
+        return np.take_along_axis(top, order, 1)
 
     def _score(
         self, ints: np.ndarray, symbols: np.ndarray

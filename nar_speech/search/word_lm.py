@@ -157,7 +157,9 @@ def word_lexicon(lm: NgramModel, pieces: Sequence[str]) -> Lexicon:
     """
     known = _known(lm)
     lexicon = Lexicon([lm.words[i] for i in known.tolist()], lm.log_probs[1 + known], pieces)
-    if not (lexicon.begins & (lexicon.first != lexicon.outside) & (lexicon.characters > 0)).any():
+    tokens = np.arange(len(pieces))
+    starts = np.where(lexicon.begins, lexicon.first, lexicon.walk(np.zeros_like(tokens), tokens))
+    if not lexicon.begins.any() or not ((starts > 0) & (starts != lexicon.outside)).any():
         raise ConfigError(
             "language model: the tokenizer can spell none of its words; are both of the same language, and"
             " both in lower or upper case?"
@@ -192,8 +194,10 @@ class WordLm:
         self.weight, self.bonus, self.unknown = weight, bonus, unknown
         self._size = lexicon.outside + 1
         self._word = np.append(_known(lm), lm.unknown)[lexicon.word]  # -1, no word, gives <unk>
-        self._strange = weight * lm.log_probs[1 + lm.unknown]
-        self._ahead = weight * lexicon.best
+        # The look-ahead holds the bonus too: without it, words left out would be the better ones until the
+        # next word begins.
+        self._strange = weight * lm.log_probs[1 + lm.unknown] + bonus
+        self._ahead = weight * lexicon.best + bonus
         self._ahead[0], self._ahead[lexicon.outside] = 0.0, self._strange
         self._lost = unknown * lexicon.depth - self._ahead + self._strange
         self._lost[lexicon.outside] = 0.0

@@ -3,8 +3,9 @@
     python make_lm.py --work work [--part 2] --out work/lm.safetensors
 
 Books (work/lm/text.txt) are most of the text; the sentences of the templates and the transcripts of real
-commands and prompts are repeated, so that they are not lost among them. Nothing of the development or evaluation
-sets is in it: find_books.py leaves out what shares words with them, and the transcripts are the training set's.
+commands and prompts are repeated, so that they are not lost among them. Nothing of the development or
+evaluation sets is in it: find_books.py leaves out what shares words with them, and the transcripts are the
+training set's.
 """
 
 import argparse

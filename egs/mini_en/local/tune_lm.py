@@ -103,6 +103,7 @@ class Trial:
             lm=lm,
             lm_weight=1.0,
             blank_skip=decoding.blank_skip,
+            recombine=lm is not None,
             **limits,
         )
         return [found[0] for found in lists]

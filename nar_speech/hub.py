@@ -304,7 +304,7 @@ def _load_own(folder: Path) -> LoadedModel:
     from nar_speech.checkpoint import SkipInit, load_strict, read_weights
     from nar_speech.compress import expand
     from nar_speech.features import build_frontend
-    from nar_speech.model_folder import CONFIG_FILE, WEIGHTS_FILE, find_lm, read_model_file
+    from nar_speech.model_folder import CONFIG_FILE, WEIGHTS_FILE, check_sums, find_lm, read_model_file
     from nar_speech.text.tokenizer import load_tokenizer
 
     file = read_model_file(folder)
@@ -320,6 +320,8 @@ def _load_own(folder: Path) -> LoadedModel:
         ("vocab_size", config.vocab_size, tokenizer.vocab_size),
     ):
         if ours != theirs:
+            # A cut file can still be read in part: say that it is damaged, not that the sizes are wrong.
+            check_sums(folder, {name: sum_ for name, sum_ in file.sha256.items() if name != WEIGHTS_FILE})
             part = "frontend" if name == "input_size" else "tokenizer"
             raise ConfigError(
                 f"{where}: network.{name} is {ours}, but the {part} gives {theirs}; make them equal"
@@ -377,6 +379,7 @@ def _download(
         RevisionNotFoundError,
     )
 
+    where = name if name.partition("@")[0] == repository else f"{name} ({repository})"
     cache = cache_dir or os.environ.get(CACHE_VARIABLE) or None
     if offline is None:
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
@@ -402,19 +405,19 @@ def _download(
             )
         )
     except RevisionNotFoundError as error:
-        raise HubError(f"{name}: {repository} has no revision '{revision}'; check it on the hub") from error
+        raise HubError(f"{where}: has no revision '{revision}'; check it on the hub") from error
     except GatedRepoError as error:
         raise HubError(
-            f"{name}: {repository} asks for consent; accept its terms on huggingface.co and log in first"
+            f"{where}: asks for consent; accept its terms on huggingface.co and log in first"
         ) from error
     except RepositoryNotFoundError as error:
-        raise HubError(f"{name}: no repository {repository} on huggingface.co; {_unknown(name)}") from error
+        raise HubError(f"{where}: no such repository on huggingface.co; {_known(name)}") from error
     except HFValidationError as error:
         raise HubError(_unknown(name)) from error
     except LocalEntryNotFoundError as error:
         if offline:
             raise HubError(
-                f"{name}: {repository} has not been downloaded and offline mode is on; run once without"
+                f"{where}: has not been downloaded and offline mode is on; run once without"
                 f" --offline and HF_HUB_OFFLINE, or set {CACHE_VARIABLE} to the cache that has it"
             ) from error
         raise HubError(_no_network(name)) from error
@@ -430,10 +433,11 @@ def _no_network(name: str) -> str:
 
 
 def _unknown(name: str) -> str:
+    return f"{name or '(empty name)'}: no such model or folder; {_known(name)}"
+
+
+def _known(name: str) -> str:
     known = ["default", *embedded_models(), *ALIASES]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    return (
-        f"{name or '(empty name)'}: no such model or folder; {hint}give a folder, a hub id org/name, or one"
-        f" of {', '.join(known)}"
-    )
+    return f"{hint}give a folder, a hub id org/name, or one of {', '.join(known)}"

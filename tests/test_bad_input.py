@@ -3,6 +3,7 @@ traceback, and the results of good files kept."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from nar_speech import cli
 from nar_speech import config as configs
 from nar_speech.errors import ConfigError
+from nar_speech.hub import ASSETS
 from nar_speech.layers.whisper import WhisperEncoderConfig
 from tests.model_folders import ctc_folder, funasr_folder, paraformer_folder
 
 torch.set_num_threads(1)
 RATE = 16000
+EMBEDDED = ASSETS / "mini_en"
 
 
 def noise(seconds, rate=RATE, channels=1):
@@ -297,6 +300,18 @@ def test_an_impossible_value_in_model_yaml(run, good, tmp_path, make, key, value
     line = error_line(run, good, folder)
     assert f"{path}: {key.split('.')[0]}" in line
     assert key.split(".")[-1] in line or key == "tokenizer.file"
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.9])
+def test_a_cut_vocabulary_is_called_damaged(run, good, tmp_path, keep):
+    folder = tmp_path / "m"
+    shutil.copytree(EMBEDDED, folder)
+    path = folder / "tokenizer.model"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    line = error_line(run, good, folder)
+    assert str(path) in line
+    assert "damaged" in line or "not a sentencepiece model" in line
 
 
 def test_the_encoder_of_whisper_checks_its_numbers():

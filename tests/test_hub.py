@@ -167,7 +167,7 @@ def edit(folder, **sections):
         ({"card": {"name": None}}, "card: key 'name' is required"),
         ({"frontend": {"windw": "povey"}}, "frontend: unknown key 'windw'"),
         ({"decoding": {"beams": 3}}, "decoding: unknown key 'beams'"),
-        ({"decoding": {"beam": 0}}, "beam: got 0; must be at least 1"),
+        ({"decoding": {"beam": 0}}, "beam: got 0; must be 1 to 10000"),
         ({"decoding": {"decoder": "magic"}}, "decoder: got 'magic'; valid values: auto, paraformer"),
         ({"decoding": {"segments": {"longest": 3.0}}}, "need 1 <= merge <= longest"),
         ({"tokenizer": {"file": "gone.json"}}, "gone.json: can't read the vocabulary"),
@@ -296,7 +296,7 @@ def answer(kind):
         (LocalEntryNotFoundError("x"), True, "has not been downloaded and offline mode is on"),
         (RuntimeError("an error of the HTTP library"), False, "can't be reached"),
         (ConnectionError("x"), False, "can't be reached"),
-        (answer(RepositoryNotFoundError), False, "no repository org/name"),
+        (answer(RepositoryNotFoundError), False, "no such repository"),
         (answer(RevisionNotFoundError), False, "has no revision 'v9'"),
         (answer(GatedRepoError), False, "asks for consent"),
     ],
@@ -305,7 +305,9 @@ def test_download_errors_are_one_clear_line(fake, error, offline, words):
     fake(error=error)
     text = message_of(hub.resolve, "org/name@v9", offline=offline, error=HubError)
     assert words in text
-    assert "org/name" in text
+    assert text.startswith("org/name@v9: ")
+    assert text.count("org/name@v9") == 1
+    assert "org/name:" not in text
 
 
 def test_options_of_load_model(tmp_path):

@@ -1,10 +1,8 @@
 """Text and data at scale of the mini_en recipe: books, held-out text, templates, packing (egs/mini_en)."""
 
 import gzip
-import importlib
 import json
 import re
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -15,27 +13,13 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-RECIPE = Path(__file__).parent.parent / "egs" / "mini_en"
-MODULES = (
-    "asterisk books common development everyday find_books make_cuts make_text overlap pack prepare_real "
-    "reserved templates words"
-)
+from tests.mini_en_scripts import commit_all, recipe_scripts
 
 
 @pytest.fixture(scope="module")
 def local():
-    """The recipe's scripts as attributes; other recipes may have modules of the same names."""
-    names = MODULES.split()
-    kept = {name: sys.modules.pop(name, None) for name in names}
-    sys.path.insert(0, str(RECIPE / "local"))
-    try:
-        yield Namespace(**{name: importlib.import_module(name) for name in names})
-    finally:
-        sys.path.remove(str(RECIPE / "local"))
-        for name in names:
-            sys.modules.pop(name, None)
-            if kept[name] is not None:
-                sys.modules[name] = kept[name]
+    with recipe_scripts() as scripts:
+        yield scripts
 
 
 # ---- books ----------------------------------------------------------------------------------------------
@@ -89,12 +73,6 @@ def test_readers(local):
     assert books.speech("1862_abraham_lincoln_r.txt", "x") == "x"
 
 
-def git(*words, cwd):
-    subprocess.run(
-        ["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=cwd, check=True, capture_output=True
-    )
-
-
 def test_books_make_a_text_and_leave_out_what_is_evaluated(local, tmp_path, monkeypatch, capsys):
     work, mirror = tmp_path / "work", tmp_path / "mirror" / "owner+books" / "repo"
     (work / "eval").mkdir(parents=True)
@@ -108,9 +86,7 @@ def test_books_make_a_text_and_leave_out_what_is_evaluated(local, tmp_path, monk
     (mirror / "b.txt").write_text(f"The dog saw the cat in the long garden. A new one came. {filler}")
     (mirror / "read.txt").write_text(f"So. {reference.capitalize()}. {filler}")
     (mirror / "french.txt").write_text("Le chien voit le chat dans son jardin. " * 100)
-    git("init", "-q", ".", cwd=mirror)
-    git("add", ".", cwd=mirror)
-    git("commit", "-q", "-m", "Add files", cwd=mirror)
+    commit_all(mirror)
     source = local.books.Books("owner/books", "", local.books.any_text, "public domain")
     absent = local.books.Books("owner/absent", "", local.books.any_text, "public domain")
     monkeypatch.setattr(local.find_books, "SOURCES", {"some": source, "none": absent})
@@ -278,9 +254,7 @@ def test_wake_words_come_from_their_folders(local, tmp_path):
         soundfile.write(mirror / "audio" / name, wave, 16000)
     (mirror / "audio" / "smart mirror" / "2.flac").write_bytes(b"fLaC torn")
     soundfile.write(mirror / "audio" / "multiple_keywords.wav", wave, 16000)
-    git("init", "-q", ".", cwd=mirror)
-    git("add", ".", cwd=mirror)
-    git("commit", "-q", "-m", "Add files", cwd=mirror)
+    commit_all(mirror)
     args = Namespace(work=tmp_path / "work", shared_data=None, github=str(tmp_path / "none"), wake_share=1.0)
     rows = local.prepare_real.prepare_source("wake_words", args)
     assert [(row["name"], row["text"]) for row in rows] == [

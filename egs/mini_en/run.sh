@@ -20,7 +20,7 @@ vocab_size=500
 heads_minutes=15
 train_minutes=70
 decoder_minutes=15
-verifier_size=8000
+verifier_size=24000
 processes=2
 filter_model="$repo/nar_speech/assets/mini_en"
 filter_score=-2.5
@@ -170,7 +170,7 @@ teacher() { py teacher --work "$work"; }
 whisper() {
   local texts=("$work"/synth/text*.jsonl "$work"/real/cased/*.jsonl)
   py convert_whisper --output "$work/whisper_tiny_en.safetensors"
-  py prune_whisper --size "$verifier_size" --first 3000 --output "$work/verifier" "${texts[@]}"
+  py prune_whisper --size "$verifier_size" --first 6000 --output "$work/verifier" "${texts[@]}"
   py convert_whisper --parts decoder --decoder-ids "$work/verifier/verifier_ids.json" \
     --output "$work/verifier/decoder.safetensors"
 }

@@ -79,6 +79,7 @@ class Int8Linear(nn.Module):
         self.scale, self.zeros = scale, torch.zeros(len(weight), dtype=torch.int64)
         integers = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.packed = torch.ops.onednn.qlinear_prepack(integers, None)
+        self.middle = torch.tensor(ZERO + 0.5)
         # Without VNNI instructions sums of two products saturate at 16 bit unless activations have 7 bit.
         self.levels = 127 if torch.cpu._is_vnni_supported() else 63
 
@@ -89,7 +90,7 @@ class Int8Linear(nn.Module):
         return copy_around(self, self.packed, memo)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) float -> (..., out_features) of the same dtype.
+        """(..., in_features) float -> (..., out_features) of the same dtype, without gradient.
 
         Raises:
             InputError: ``x`` is not on the CPU.
@@ -99,12 +100,13 @@ class Int8Linear(nn.Module):
         shape = (*x.shape[:-1], self.out_features)
         if x.numel() == 0:
             return x.new_zeros(shape)
-        rows = x.reshape(-1, self.in_features).float()
-        step = rows.abs().amax(dim=1, keepdim=True).clamp_min_(TINY).div_(self.levels)
+        rows = x.detach().reshape(-1, self.in_features).float()
+        step = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
+        step = step.clamp_min_(TINY).div_(self.levels)
         # Adding a half makes the cut to an integer a rounding; all values are positive here.
-        integers = (rows / step).add_(ZERO + 0.5).to(torch.uint8)
+        integers = torch.addcmul(self.middle, rows, step.reciprocal()).to(torch.uint8)
         weight = self.packed, self.scale, self.zeros
         y = torch.ops.onednn.qlinear_pointwise(
             integers, 1.0, ZERO, *weight, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        return torch.addcmul(self.bias.float(), y, step).view(shape).to(x.dtype)
+        return torch.addcmul(self.bias.float(), y, step, out=y).view(shape).to(x.dtype)

@@ -128,6 +128,8 @@ def bash(script, *words):
         ("run.sh", ["--model"], "--model needs a value"),
         ("run.sh", ["--model", "rnn"], "paraformer or ctc, got 'rnn'"),
         ("run.sh", ["--stage", "x"], "--stage must be a whole number"),
+        ("run.sh", ["--stage", "2", "--stop-stage", "1"], "--stage 2 is after --stop-stage 1"),
+        ("run.sh", ["--stage", "3"], "--stage 3 is after --stop-stage 2"),
         ("run.sh", ["--stage", "1", "--data-dir", "/nowhere"], "run stage 0"),
         ("run.sh", ["--stage", "2", "--exp-dir", "/nowhere"], "run stage 1"),
         ("prepare.sh", ["--corpus-dir", "/nowhere"], "no folder /nowhere"),
@@ -137,6 +139,19 @@ def test_scripts_refuse_bad_options_with_exit_code_2(corpus, script, words, mess
     run = bash(f"egs/{corpus}/{script}", *words)
     assert run.returncode == 2
     assert message in run.stderr
+
+
+def test_a_part_that_fails_does_not_keep_the_others_from_being_scored(tmp_path):
+    (tmp_path / "exp/model").mkdir(parents=True)
+    (tmp_path / "exp/model/model.yaml").touch()
+    python = tmp_path / "python"  # stands for nar-speech evaluate; the first part has a bad file
+    python.write_text('#!/bin/bash\necho "scored $4"\n[[ $4 != */a.jsonl ]]\n')
+    python.chmod(0o755)
+    words = ["--stage", 2, "--exp-dir", tmp_path / "exp", "--dev", "a", "--test", "b c", "--python", python]
+    run = bash("egs/librispeech/run.sh", *words)
+    assert run.returncode == 1
+    assert run.stdout.count("scored") == 3
+    assert (tmp_path / "exp/scores/summary.txt").read_text() == run.stdout
 
 
 @pytest.mark.parametrize("corpus", PARTS)

@@ -64,6 +64,7 @@ done
 for number in stage stop_stage processes jobs; do
   [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number//_/-} must be a whole number, got '${!number}'"
 done
+[ "$stop_stage" -ge "$stage" ] || fail "--stage $stage is after --stop-stage $stop_stage: nothing would run"
 case $model in
   paraformer) default_config="$repo/configs/$paraformer_config" ;;
   ctc) default_config="$repo/configs/$ctc_config" ;;
@@ -98,9 +99,13 @@ fi
 if [ "$stage" -le 2 ] && [ "$stop_stage" -ge 2 ]; then
   [ -f "$exp_dir/model/model.yaml" ] || fail "$exp_dir/model is missing: run stage 1 to its end"
   mkdir -p "$exp_dir/scores"
-  for part in $dev $test; do
-    echo "=== stage 2: $part"
-    "$python" -m nar_speech evaluate "$data_dir/$part.jsonl" --model "$exp_dir/model" --normalize "$language" \
-      --device "$device" --decoder "$decoder" --report "$exp_dir/scores/$part.txt"
-  done | tee "$exp_dir/scores/summary.txt"
+  {
+    worst=0 # a part with a file that can't be read does not keep the others from being scored
+    for part in $dev $test; do
+      echo "=== stage 2: $part"
+      "$python" -m nar_speech evaluate "$data_dir/$part.jsonl" --model "$exp_dir/model" --normalize "$language" \
+        --device "$device" --decoder "$decoder" --report "$exp_dir/scores/$part.txt" || worst=$?
+    done
+    exit "$worst"
+  } | tee "$exp_dir/scores/summary.txt"
 fi

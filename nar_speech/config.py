@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -60,8 +61,8 @@ def load(cls: type[C], files: Sequence[str | Path] = (), overrides: Sequence[str
     try:
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         tree = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"overrides: {_one_line(error)}") from error
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"overrides {' '.join(overrides)}: {_one_line(error)}") from error
     where = ", ".join(str(f) for f in files) or cls.__name__
     return from_dict(cls, tree, where)
 

@@ -83,6 +83,8 @@ def test_missing_file_and_malformed_word(tmp_path):
         config.load(Outer, [tmp_path / "gone.yaml"])
     with pytest.raises(ConfigError, match="written key=value"):
         config.load(Outer, [], ["lr"])
+    with pytest.raises(ConfigError, match=r"^overrides lr=\[1: [^\n]+$"):
+        config.load(Outer, [], ["lr=[1"])
 
 
 def test_what_fails_inside_blame_is_a_config_error_that_names_the_place():

@@ -188,6 +188,7 @@ def test_recipe_learns_to_read_tones(name, tmp_path):
         (["data.train=[nowhere.jsonl.gz]"], "no such manifest nowhere.jsonl.gz"),
         (["train.metric=cer"], "validation gives no 'cer'"),
         (["init.init_from=nowhere.pt"], "nowhere.pt"),
+        (["train.output_dir=/dev/null/x"], "train.output_dir: can't write in /dev/null/x"),
         (["train.device=tpu"], "valid values: auto, cpu, cuda"),
     ],
 )

@@ -14,7 +14,7 @@ from torch import nn
 
 from nar_speech import config as configs
 from nar_speech.checkpoint import read_weights
-from nar_speech.errors import CheckpointError, NarSpeechError
+from nar_speech.errors import CheckpointError, ConfigError, NarSpeechError
 from nar_speech.train.distributed import World, init_world, leave_world
 
 C = TypeVar("C")
@@ -95,8 +95,7 @@ def run_recipe(cls: type[C], recipe: Callable[[C, World], None], argv: Sequence[
             torch.set_num_threads(config.train.threads)
         world = init_world(config.train.device)
         if world.main:
-            Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
-            configs.write_yaml(config, Path(config.train.output_dir) / "config.yaml")
+            _write_config(config, Path(config.train.output_dir))
         recipe(config, world)
     except NarSpeechError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -105,6 +104,16 @@ def run_recipe(cls: type[C], recipe: Callable[[C, World], None], argv: Sequence[
         if world is not None:
             leave_world(world)
     return 0
+
+
+def _write_config(config: object, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        configs.write_yaml(config, folder / "config.yaml")
+    except OSError as error:
+        raise ConfigError(
+            f"train.output_dir: can't write in {folder} ({error.strerror}); name another folder"
+        ) from error
 
 
 def _few(names: Sequence[str]) -> str:

@@ -38,7 +38,7 @@ class TokenizerSection:
     """The tokenizer of a recipe: a file that exists, or one made from the training texts.
 
     Attributes:
-        kind: "bpe" (sentencepiece) or "char" (every character of the training texts, "▁" for the space).
+        kind: "bpe" (sentencepiece) or "char": every character of the training texts, "<space>" for the space.
         file: an existing sentencepiece model or list of pieces; None makes one.
         vocab_size: of a BPE model that is made; a "char" list has as many pieces as there are characters.
         case: what is done to every text.

@@ -151,7 +151,6 @@ class Paraformer(nn.Module):
     """Encoder, CIF predictor, parallel decoder and, where ``ctc_weight`` is above 0, a CTC head."""
 
     variant: ClassVar[str] = "paraformer"
-    config_class: ClassVar[type] = ParaformerConfig
 
     def __init__(self, config: ParaformerConfig):
         """Raises ConfigError where ``config`` names another variant (use :func:`build_paraformer`)."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nar_speech.errors import InputError
 from nar_speech.layers.whisper_decoder import WhisperDecoder, WhisperDecoderConfig
-from nar_speech.search.redraft import INSIDE, MARK, START, TokenKinds, continue_at, mend
+from nar_speech.search.redraft import INSIDE, MARK, START, TokenKinds, continue_at, mend, rest_of_word
 from nar_speech.search.verify import greedy, loop_rest, verify
 
 VOCAB, END = 12, 0
@@ -253,6 +253,35 @@ def test_place_where_the_draft_goes_on(text, draft, place):
 )
 def test_mending(draft, guesses, new):
     assert mend(draft, guesses, KINDS, 0) == new
+
+
+TEXTS = ["", " lab", "our", " Lab", "L", " L", "abour", "s", " work", "ing", ".", "ab"]
+SPELLED = TokenKinds(
+    np.array([0, 1, 2, 1, 4, 5, 6, 7, 8, 9, 10, 11]),
+    np.array([MARK, START, INSIDE, START, INSIDE, START, INSIDE, INSIDE, START, INSIDE, MARK, INSIDE]),
+    TEXTS,
+    lambda text: {" Labour": [5, 11, 2], "abour": [6], " Labs": [3, 7]}.get(text, []),
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "draft", "place", "word", "after"),
+    [
+        ([8, 5], [8, 1, 2, 8], 2, [11, 2], 3),  # " lab our" that begins with " L" is " L ab our"
+        ([8, 8], [8, 1, 2, 8], 2, [], 3),  # another word: nothing is left of the old one
+        ([8, 3], [8, 1, 2, 8], 2, [], 2),  # case only
+        ([8, 10], [8, 1, 2, 8], 1, [], 1),  # a full stop
+        ([8, 9], [8, 9, 8], 2, [], 2),
+    ],
+)
+def test_a_word_in_other_pieces_goes_on(text, draft, place, word, after):
+    assert rest_of_word(text, draft, place, SPELLED) == (word, after)
+
+
+def test_mending_of_words():
+    assert mend([1, 2, 8], [5, 2, 8], SPELLED, 0) == [5, 11, 2, 8]  # " Labour"
+    assert mend([1, 2, 8], [8, 7, 7], SPELLED, 0) == [8, 8]  # another word, after which no guess goes on
+    assert mend([1, 2, 8], [1, 2, 7], SPELLED, 0) == [1, 2, 7, 8]  # the word goes on
 
 
 @given(st.integers(0, 1000), st.lists(st.lists(st.integers(1, 19), max_size=12), min_size=1, max_size=4))

@@ -72,7 +72,7 @@ class Verifier:
         decoder = decoder.to(device, dtype)
         self.decoder = pack_linear_layers(decoder) if device.type == "cpu" else decoder
         self.tokenizer, self.config, self.dtype = tokenizer, config, dtype
-        self.kinds = TokenKinds(*tokenizer.kinds())
+        self.kinds = TokenKinds(*tokenizer.kinds(), tokenizer.texts(), tokenizer.encode)
 
     @classmethod
     def load(

@@ -5,7 +5,7 @@ Nothing here can change the outcome of a verification, only how many passes it t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,15 +23,23 @@ class TokenKinds:
     Attributes:
         classes: (V,) int64; tokens of the same class differ in case only.
         kinds: (V,) int64; MARK: only punctuation, START: begins a word, INSIDE: goes on with a word.
+        texts: the V texts of the tokens, and
+        encode: tokens of a text: with both, a word that is spelled otherwise is cut into tokens anew.
     """
 
     classes: np.ndarray
     kinds: np.ndarray
+    texts: Sequence[str] | None = None
+    encode: Callable[[str], list[int]] | None = None
 
     @classmethod
     def unknown(cls, size: int) -> TokenKinds:
         """Every token is a word of its own."""
         return cls(np.arange(size), np.full(size, START))
+
+    def spell(self, tokens: Sequence[int]) -> str:
+        """Text of tokens."""
+        return "".join(self.texts[token] for token in tokens) if self.texts is not None else ""
 
 
 def continue_at(text: Sequence[int], draft: Sequence[int], kinds: TokenKinds) -> int:
@@ -56,6 +64,31 @@ def continue_at(text: Sequence[int], draft: Sequence[int], kinds: TokenKinds) ->
     return int(np.flatnonzero(row == row.min())[-1])
 
 
+def rest_of_word(
+    text: Sequence[int], draft: Sequence[int], place: int, kinds: TokenKinds
+) -> tuple[list[int], int]:
+    """How a word that the verifier has begun goes on, and where the draft goes on after that word.
+
+    Args:
+        text: what is accepted; its last token is the verifier's own.
+        draft, place: the draft, which goes on at ``place`` after ``text``.
+
+    Returns:
+        Tokens that end the word, where it is the draft's word in other letters or pieces, and a place not
+        before the given one: what the draft has left of a word that was replaced is passed over.
+    """
+    last = text[-1]
+    same = place > 0 and kinds.classes[draft[place - 1]] == kinds.classes[last]
+    if same or kinds.kinds[last] == MARK:
+        return [], place
+    end = place
+    while end < len(draft) and kinds.kinds[draft[end]] == INSIDE:
+        end += 1
+    begin = _word_start(text, len(text) - 1, kinds)
+    old = draft[_word_start(draft, place - 1, kinds) : end] if place > 0 else draft[:end]
+    return _go_on(list(text[begin:]), old, kinds), end
+
+
 def mend(draft: Sequence[int], guesses: Sequence[int | None], kinds: TokenKinds, end: int) -> list[int]:
     """Change the tokens of a draft that the verifier would have written otherwise.
 
@@ -69,11 +102,12 @@ def mend(draft: Sequence[int], guesses: Sequence[int | None], kinds: TokenKinds,
         end: the id that ends a text; as a guess it is left alone.
     """
     new: list[int] = []
-    place = 0
+    place, strange = 0, False  # strange: the word before was replaced, so no guess can go on with it
     while place < len(draft):
         token = draft[place]
         guess = guesses[place] if place < len(guesses) else None
-        if guess is None or guess in (token, end):
+        known = guess is not None and guess != end
+        if not known or guess == token or (strange and kinds.kinds[guess] == INSIDE):
             new.append(token)
         elif place + 1 < len(draft) and guess == draft[place + 1]:
             new.append(guess)  # the verifier leaves this token out
@@ -83,25 +117,34 @@ def mend(draft: Sequence[int], guesses: Sequence[int | None], kinds: TokenKinds,
         elif _belongs_before(kinds.kinds[guess], kinds.kinds[token]):
             new += [guess, token]
         else:
-            rest = _word_end(draft, place, kinds)
-            # A new word, or the end of this one, makes what is left of the old word meaningless. Where the
-            # verifier went on within the word its next piece is as likely to be mended as to be wrong.
-            if kinds.kinds[guess] == INSIDE:
-                rest = place + 1
-            if rest == len(draft) or guess != draft[rest]:
-                new.append(guess)
-            place = rest - 1
-        place += 1
+            stop = place + 1
+            while stop < len(draft) and kinds.kinds[draft[stop]] == INSIDE:
+                stop += 1
+            new += [guess, *_go_on([guess], draft[place:stop], kinds)]
+            place, strange = stop, True
+            continue
+        place, strange = place + 1, False
     last = guesses[len(draft)] if len(guesses) > len(draft) else None
-    return new if last is None or last == end else [*new, last]
+    known = last is not None and last != end and not (strange and kinds.kinds[last] == INSIDE)
+    return [*new, last] if known else new
 
 
-def _word_end(draft: Sequence[int], place: int, kinds: TokenKinds) -> int:
-    """Where the word that holds ``place`` ends."""
-    place += 1
-    while place < len(draft) and kinds.kinds[draft[place]] == INSIDE:
-        place += 1
+def _word_start(tokens: Sequence[int], place: int, kinds: TokenKinds) -> int:
+    while place > 0 and kinds.kinds[tokens[place]] == INSIDE:
+        place -= 1
     return place
+
+
+def _go_on(begun: list[int], old: Sequence[int], kinds: TokenKinds) -> list[int]:
+    """Tokens after ``begun`` that make it the word ``old``, if only case and pieces differ so far."""
+    if kinds.encode is None or not len(old):
+        return []
+    start, whole = kinds.spell(begun), kinds.spell(old)
+    if not whole.lower().startswith(start.lower()) or len(whole) == len(start):
+        return []
+    rest = whole[len(start) :]
+    tokens = kinds.encode(start + rest)
+    return tokens[len(begun) :] if tokens[: len(begun)] == begun else kinds.encode(rest)
 
 
 def _belongs_before(guess: int, token: int) -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nar_speech.errors import InputError
-from nar_speech.search.redraft import TokenKinds, continue_at, mend
+from nar_speech.search.redraft import TokenKinds, continue_at, mend, rest_of_word
 
 LOOP_ROUNDS, LOOP_TOKENS = 4, 20  # a loop is something said at least so often, and at least so many tokens
 ANCHOR = 8  # accepted tokens in a row after which the draft's place is certain
@@ -241,9 +241,10 @@ def _accept(
     guesses: list[int | None] = [None] * (first + agreed + 1) + list(best[before + agreed + 1 : len(feed)])
     start, origin = text.anchor
     place = origin + continue_at(text.tokens[start:], text.draft[origin:], kinds)
+    word, place = rest_of_word(text.tokens, text.draft, place, kinds)
     if first + len(ahead) < len(text.draft):
         guesses = guesses[: first + len(ahead)]
-    rest = mend(text.draft[place:], guesses[place:], kinds, text.end)
+    rest = word + mend(text.draft[place:], guesses[place:], kinds, text.end)
     text.draft, text.begin = text.draft[:place] + rest, place
     if passes is not None and len(text.accepted) >= passes:
         rest = text.draft[place:][: text.limit - len(text.tokens)]

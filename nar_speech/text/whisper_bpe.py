@@ -122,6 +122,10 @@ class WhisperBpeTokenizer:
             after_space = content[-1:].isspace()
         return groups
 
+    def texts(self) -> list[str]:
+        """The text of every id by itself; special ids give nothing."""
+        return [content.decode("utf-8", "replace") for content in self._bytes]
+
     def kinds(self) -> tuple[np.ndarray, np.ndarray]:
         """What :class:`nar_speech.search.redraft.TokenKinds` wants to know of every id.
 
@@ -132,8 +136,7 @@ class WhisperBpeTokenizer:
         first: dict[str, int] = {}
         classes = np.empty(self.vocab_size, dtype=np.int64)
         kinds = np.empty(self.vocab_size, dtype=np.int64)
-        for number, (piece, content) in enumerate(zip(self._pieces, self._bytes, strict=True)):
-            text = content.decode("utf-8", "replace")
+        for number, (piece, text) in enumerate(zip(self._pieces, self.texts(), strict=True)):
             classes[number] = first.setdefault(text.lower() if "\ufffd" not in text else piece, number)
             letters = any(letter.isalnum() or letter == "\ufffd" for letter in text)
             kinds[number] = (1 if text[:1].isspace() else 2) if letters else 0

@@ -174,6 +174,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     )
     group.add_argument("--model", default="default", help="name or folder of the English model")
     group.add_argument("--decoders", nargs="+", default=list(embedded.DECODERS), choices=embedded.DECODERS)
+    group.add_argument("--rivals", nargs="*", default=list(embedded.RIVALS), choices=embedded.RIVALS)
     group.add_argument(
         "--rivals-python",
         type=Path,

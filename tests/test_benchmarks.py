@@ -149,7 +149,7 @@ def test_a_rival_answers_clip_by_clip(tmp_path, monkeypatch):
 
 
 def test_a_rival_that_lacks_its_package_is_skipped(tmp_path):
-    systems, skipped = embedded.start("default", [], [], Path(sys.executable), 1)
+    systems, skipped = embedded.start("default", [], [], embedded.RIVALS, Path(sys.executable), 1)
     for system in systems:
         system.close()
     names = [system.name for system in systems]

@@ -19,6 +19,7 @@ from nar_speech.layers.packed import (
     pack_linear_layers,
 )
 from nar_speech.layers.quantize import Int8Linear, quantize_dynamic_int8
+from nar_speech.layers.sanm import SANMDecoder, SANMDecoderConfig, SANMEncoder, SANMEncoderConfig
 from nar_speech.layers.whisper import WhisperEncoder, WhisperEncoderConfig
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
@@ -152,3 +153,25 @@ def test_a_packed_whisper_encoder_gives_the_same(lengths):
         error = (small(x, lengths)[0] - plain(x, lengths)[0]).norm() / plain(x, lengths)[0].norm()
         assert 0 < error < 0.05
     assert plain.blocks[0].attn.merged is None
+
+
+@pytest.mark.parametrize("lengths", [(9, 9), (9, 6)])
+def test_packed_san_m_layers_give_the_same(lengths):
+    torch.manual_seed(0)
+    encoder = SANMEncoder(20, SANMEncoderConfig(32, 4, 48, 3, kernel_size=5))
+    config = SANMDecoderConfig(4, 48, 2, 2, kernel_size=5)
+    plain = nn.ModuleList([encoder, SANMDecoder(32, 40, config)]).eval()
+    x, tokens, lengths = torch.randn(2, 9, 20), torch.randn(2, 4, 32), torch.tensor(lengths)
+
+    def run(net):
+        encoded, _ = net[0](x, lengths)
+        return encoded, net[1](tokens, torch.tensor([4, 3]), encoded, lengths)
+
+    with torch.inference_mode():
+        packed = run(pack_linear_layers(copy.deepcopy(plain)))
+        coarse = run(quantize_dynamic_int8(copy.deepcopy(plain)))
+        for got, small, want in zip(packed, coarse, run(plain), strict=True):
+            for row, size in enumerate(lengths if want.shape[1] == 9 else (4, 3)):
+                torch.testing.assert_close(got[row, :size], want[row, :size], atol=1e-5, rtol=1e-5)
+                error = (small - want)[row, :size].norm() / want[row, :size].norm()
+                assert 0 < error < 0.1

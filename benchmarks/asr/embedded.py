@@ -144,12 +144,17 @@ def read_clips(manifests: Sequence[Path], every: int = 1) -> list[Clip]:
 
 
 def start(
-    model: str, decoders: Sequence[str], dtypes: Sequence[str], python: Path, threads: int
+    model: str,
+    decoders: Sequence[str],
+    dtypes: Sequence[str],
+    rivals: Sequence[str],
+    python: Path,
+    threads: int,
 ) -> tuple[list[OursEmbedded | Rival], list[str]]:
     """Every system that can run, and a line for each that can't."""
     systems: list[OursEmbedded | Rival] = []
     skipped = []
-    for name in RIVALS:
+    for name in rivals:
         try:
             systems.append(Rival(name, python, threads))
         except InputError as error:
@@ -228,7 +233,7 @@ def run(args: Any) -> list[dict[str, Any]]:
     """The whole part, as the command line asks for it; prints the table."""
     torch.set_num_threads(1)
     clips = read_clips(args.clips, 10 if args.quick else 1)
-    systems, skipped = start(args.model, args.decoders, args.dtypes, args.rivals_python, 1)
+    systems, skipped = start(args.model, args.decoders, args.dtypes, args.rivals, args.rivals_python, 1)
     try:
         scores = measure(systems, clips, args.repeats)
     finally:

@@ -369,6 +369,7 @@ def test_hotwords_change_a_beam_search(models):
         ("ctc", {"decoder": "ctc_greedy", "nbest": 2}, "use ctc_beam"),
         ("ctc", {"hotwords": ("naïve",)}, "hotword 'naïve': the model's vocabulary can't spell it"),
         ("ctc", {"language": "zh"}, "language: 'zh' is not one of this model's: auto, en"),
+        ("ctc", {"textnorm": "withitn"}, "textnorm: 'withitn' is a prompt of SenseVoice models"),
         ("ctc", {"batch_seconds": 0.0}, "batch_seconds: got 0"),
         ("ctc", {"batch_seconds": "a"}, "batch_seconds: got 'a'; must be a number above 0"),
         ("ctc", {"batch_seconds": float("nan")}, "batch_seconds: got nan"),

@@ -84,7 +84,7 @@ def _draw_output(axis: Any, analysis: Analysis, tokens: Sequence[Token], pieces:
         strongest = sorted(shown, key=lambda i: -analysis.posteriors[:, i].max())[:POSTERIOR_CURVES]
         axis.plot(times, analysis.posteriors[:, analysis.blank], color="0.7", lw=0.8, label="blank")
         for index in strongest:
-            label = _plain(pieces([index])[0])
+            label = " " + _plain(pieces([index])[0])  # a legend leaves out labels that begin with "_"
             axis.plot(times, analysis.posteriors[:, index], lw=1, label=label)
         axis.set_ylabel("weight, posterior" if analysis.weights is not None else "CTC posterior")
     axis.set_ylim(0, 1.05)

@@ -253,6 +253,8 @@ class Transcriber:
         if decoding.verify:
             self.recognizer.verifier()
         self._check_language(decoding.language)
+        if decoding.textnorm == "withitn" and not isinstance(self.recognizer.network, SenseVoice):
+            raise ConfigError("textnorm: 'withitn' is a prompt of SenseVoice models; leave it out")
         return decoding
 
     def _run(

@@ -93,7 +93,7 @@ class DecodingConfig:
     beam: int = 10
     lm: str | None = None
     lm_weight: float = 0.5
-    word_bonus: float = 1.0
+    word_bonus: float = 2.0
     unknown_word: float = -1.5
     blank_skip: float | None = None
     ctc_weight: float = 0.5

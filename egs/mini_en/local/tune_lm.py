@@ -25,8 +25,8 @@ from nar_speech.pipelines.recognize import LM_CANDIDATES, LM_FLOOR, Recognizer
 from nar_speech.search.ctc import greedy, prefix_beam
 from nar_speech.text.normalize import get_normalizer
 
-WEIGHTS = (0.3, 0.5, 0.7, 0.9)
-BONUSES = (0.0, 1.0, 2.0)
+WEIGHTS = (0.3, 0.5, 0.7)
+BONUSES = (1.0, 2.0, 3.0)
 STEPS = {  # tried one after the other, around the best so far
     "unknown_word": (-3.0, -2.0, -1.5, -1.0, -0.6),
     "lm_weight": (-0.1, 0.1),
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--lm", type=Path, required=True, help="compact or ARPA file")
     parser.add_argument("--cuts", type=Path, required=True, help="manifest of the development set")
-    parser.add_argument("--beam", type=int, default=16)
+    parser.add_argument("--beam", type=int, default=24)
     parser.add_argument("--blank-skip", type=float, default=0.99)
     parser.add_argument("--write", action="store_true", help="put the model and its weights into the folder")
     args = parser.parse_args()

@@ -15,6 +15,7 @@ BASE = {
     "version",
     "errors",
     "types",
+    "compress",
     "config",
     "audio",
     "features",

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from nar_speech.errors import InputError
 from nar_speech.layers.whisper_decoder import WhisperDecoder, WhisperDecoderConfig
-from nar_speech.search.redraft import INSIDE, MARK, START, TokenKinds, continue_at, mend, rest_of_word
+from nar_speech.search.redraft import (
+    INSIDE,
+    MARK,
+    START,
+    TokenKinds,
+    continue_at,
+    mend,
+    rest_of_word,
+    said_again,
+)
 from nar_speech.search.verify import greedy, loop_rest, verify
 
 VOCAB, END = 12, 0
@@ -183,10 +192,11 @@ def test_bounded_passes_return_the_mended_draft():
 
 def test_loops_end():
     toy = Toy(lambda utterance, prefix: torch.eye(VOCAB)[{5: 6, 6: 5}.get(prefix[-1], 5)])
-    for draft in ([], [5, 6], [5, 6] * 30, [7] * 40):
+    for draft, most in (([], 8), ([5, 6], 8), ([5, 6] * 30, 2), ([7] * 40, 19)):
         found = verify(toy.step, toy.start(1), PROMPT, [draft], END, [200])[0]
         assert found.tokens == (5, 6)
         assert found.complete
+        assert found.passes <= most  # its own words are the draft where there is none left
 
 
 @pytest.mark.parametrize(
@@ -198,10 +208,14 @@ def test_loops_end():
         ([1, 2, 3, 4, 5, 6] * 3, 0),
         ([9] + [1, 2, 3, 4, 5, 6] * 4, 18),
         ([1, 2, 3, 4, 5, 6] * 3 + [1, 2, 3, 4, 5, 7], 0),
+        (list(range(10)) * 2, 0),
+        (list(range(10)) * 3, 20),
+        ([7, *range(16), *range(16)], 16),
+        ([*range(16), *range(15)], 0),
         ([], 0),
     ],
 )
-def test_a_loop_is_four_rounds_and_twenty_tokens(text, rest):
+def test_what_a_loop_is(text, rest):
     assert loop_rest(text) == rest
 
 
@@ -276,6 +290,12 @@ SPELLED = TokenKinds(
 )
 def test_a_word_in_other_pieces_goes_on(text, draft, place, word, after):
     assert rest_of_word(text, draft, place, SPELLED) == (word, after)
+
+
+def test_a_text_is_its_own_draft():
+    assert said_again([1, 2, 3, 4, 5, 1, 2, 3]) == [4, 5, 1, 2, 3] * 3 + [4]
+    assert said_again([1, 2, 3, 9, 1, 2, 3, 4, 1, 2, 3], most=5) == [4, 1, 2, 3, 4]
+    assert said_again([1, 2, 3]) == said_again([]) == said_again([1, 2, 3, 1, 2]) == []
 
 
 def test_mending_of_words():

@@ -129,6 +129,16 @@ def mend(draft: Sequence[int], guesses: Sequence[int | None], kinds: TokenKinds,
     return [*new, last] if known else new
 
 
+def said_again(text: Sequence[int], same: int = 3, most: int = 16) -> list[int]:
+    """A draft where none is left: what followed the last ``same`` tokens when they were written before."""
+    tail = list(text[-same:])
+    for place in range(len(text) - 1, same - 1, -1):
+        if list(text[place - same : place]) == tail:
+            after = list(text[place:])
+            return (after * (most // len(after) + 1))[:most]  # and goes on so, where the text loops
+    return []
+
+
 def _word_start(tokens: Sequence[int], place: int, kinds: TokenKinds) -> int:
     while place > 0 and kinds.kinds[tokens[place]] == INSIDE:
         place -= 1

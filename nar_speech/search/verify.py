@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from nar_speech.errors import InputError
-from nar_speech.search.redraft import TokenKinds, continue_at, mend, rest_of_word
+from nar_speech.search.redraft import TokenKinds, continue_at, mend, rest_of_word, said_again
 
-LOOP_ROUNDS, LOOP_TOKENS = 4, 20  # a loop is something said at least so often, and at least so many tokens
+LOOP_ROUNDS, LOOP_TOKENS = 4, 20  # a loop is something said at least so often, and at least so many tokens;
+LONG_LOOPS = {16: 2, 8: 3}  # something of at least so many tokens need not be said as often
 ANCHOR = 8  # accepted tokens in a row after which the draft's place is certain
 
 S = TypeVar("S", bound="State")
@@ -73,14 +74,15 @@ class Decoded:
 def loop_rest(tokens: Sequence[int]) -> int:
     """Tokens to cut off a text that has just begun to loop; 0: it does not.
 
-    A loop is a stretch of up to a quarter of the text, repeated at its end at least 4 times and for at least
-    20 tokens. All its rounds but the first are to be cut.
+    A loop is something that is repeated at the end of the text: at least 4 times and for at least 20 tokens,
+    3 times if it has 8 tokens or more, twice if it has 16. All its rounds but the first are to be cut.
     """
     size = len(tokens)
-    for period in range(1, size // LOOP_ROUNDS + 1):
+    for period in range(1, size // 2 + 1):
         if tokens[-1] != tokens[-1 - period]:
             continue
-        rounds = max(LOOP_ROUNDS, -(-LOOP_TOKENS // period))
+        enough = next((n for least, n in LONG_LOOPS.items() if period >= least), LOOP_ROUNDS)
+        rounds = max(enough, -(-LOOP_TOKENS // period))
         span = rounds * period
         if span <= size and list(tokens[size - span : size - period]) == list(tokens[size - span + period :]):
             return span - period
@@ -95,6 +97,7 @@ class _Text:
     end: int
     pending: list[int]  # known, but not yet fed to the model
     draft: list[int] = field(default_factory=list)
+    plain: bool = False  # without any draft
     begin: int = 0  # the draft goes on here
     anchor: tuple[int, int] = (0, 0)  # places in text and draft that belong together
     fed: int = 0
@@ -146,7 +149,7 @@ def greedy(
     Raises:
         InputError: an empty prompt.
     """
-    return verify(step, state, prompt, [()] * len(limits), end, limits, suppress=suppress)
+    return verify(step, state, prompt, None, end, limits, suppress=suppress)
 
 
 @torch.inference_mode()
@@ -154,7 +157,7 @@ def verify(
     step: Step,
     state: State,
     prompt: Sequence[int],
-    drafts: Sequence[Sequence[int]],
+    drafts: Sequence[Sequence[int]] | None,
     end: int,
     limits: Sequence[int],
     kinds: TokenKinds | None = None,
@@ -164,7 +167,8 @@ def verify(
     """The greedy text of every utterance, found with the help of its draft.
 
     Args:
-        drafts: B token lists, prompt and end left out; any tokens will do, also none.
+        drafts: B token lists, prompt and end left out; any tokens will do, also none. None: no guess is ever
+            tried, so that every pass gives one token.
         kinds: helps to make new drafts; None: nothing is known of the tokens.
         max_passes: after so many passes what is left of the draft is taken as it is, mended: faster, and in
             between the draft and the greedy text. None: until all is verified, one pass a token at most.
@@ -175,14 +179,13 @@ def verify(
     """
     if not prompt:
         raise InputError("prompt: is empty; an autoregressive model needs a token to begin with")
-    if len(drafts) != len(limits):
+    if drafts is not None and len(drafts) != len(limits):
         raise InputError(f"drafts: {len(drafts)} for {len(limits)} limits")
     if max_passes is not None and max_passes < 1:
         raise InputError(f"max_passes: got {max_passes}; must be at least 1")
-    texts = [
-        _Text(limit, end, list(prompt), [t for t in draft if t != end], done=limit < 1)
-        for draft, limit in zip(drafts, limits, strict=True)
-    ]
+    texts = [_Text(limit, end, list(prompt), plain=drafts is None, done=limit < 1) for limit in limits]
+    for text, draft in zip(texts, drafts or (), strict=False):
+        text.draft = [token for token in draft if token != end]
     active = list(range(len(texts)))  # utterance of every row of the state
     device = state.lengths.device
     while not all(text.done for text in texts):
@@ -236,6 +239,8 @@ def _accept(
     if agreed >= ANCHOR:
         text.anchor = len(text.tokens) - 1, text.begin + agreed
     text.pending = text.tokens[-1:]
+    if text.plain:
+        return
     # Predictions behind the disagreement, by their place in the draft; the one at the disagreement is taken.
     first = text.begin
     guesses: list[int | None] = [None] * (first + agreed + 1) + list(best[before + agreed + 1 : len(feed)])
@@ -245,6 +250,9 @@ def _accept(
     if first + len(ahead) < len(text.draft):
         guesses = guesses[: first + len(ahead)]
     rest = word + mend(text.draft[place:], guesses[place:], kinds, text.end)
+    if place == len(text.draft):
+        rest += said_again([*text.tokens, *rest])
+        text.anchor = len(text.tokens), place
     text.draft, text.begin = text.draft[:place] + rest, place
     if passes is not None and len(text.accepted) >= passes:
         rest = text.draft[place:][: text.limit - len(text.tokens)]

@@ -205,6 +205,18 @@ def test_mistakes_end_in_one_line_and_exit_code_2(corpus, tmp_path, words, messa
     assert message in line
 
 
+def test_a_refused_start_leaves_the_settings_of_the_run_that_is_there(corpus, tmp_path, capsys):
+    from nar_speech.train.recipe import run_recipe
+
+    words = [str(ROOT / "configs/ctc/tiny.yaml"), *corpus, f"train.output_dir={tmp_path}/run"]
+    assert run_recipe(ctc.Recipe, ctc.recipe, [*words, "train.max_steps=1"], "doc") == 0
+    before = (tmp_path / "run/config.yaml").read_text()
+    again = [*words, "train.max_steps=2", "--no-resume"]
+    assert run_recipe(ctc.Recipe, ctc.recipe, again, "doc") == 2
+    assert "holds checkpoints" in capsys.readouterr().err
+    assert (tmp_path / "run/config.yaml").read_text() == before
+
+
 @pytest.mark.parametrize(
     "path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
 )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from nar_speech import config as configs
 from nar_speech.checkpoint import read_weights
 from nar_speech.errors import CheckpointError, ConfigError, NarSpeechError
 from nar_speech.train.distributed import World, init_world, leave_world
+from nar_speech.train.saver import Saver
 
 C = TypeVar("C")
 
@@ -106,7 +107,10 @@ def run_recipe(cls: type[C], recipe: Callable[[C, World], None], argv: Sequence[
     return 0
 
 
-def _write_config(config: object, folder: Path) -> None:
+def _write_config(config: Any, folder: Path) -> None:
+    """Keep the settings of a run, but not over those of one that it refuses to go on with."""
+    if not config.train.resume and Saver(folder).steps():
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         configs.write_yaml(config, folder / "config.yaml")

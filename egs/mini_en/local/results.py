@@ -123,10 +123,10 @@ def report(args: argparse.Namespace) -> str:
         "## Word error rates",
         "",
         "In per cent with 95 % bootstrap intervals, one checkpoint, by `nar-speech evaluate` (lower case, "
-        "punctuation off). None of this audio was trained on; `local/reserved.py` refuses it. The columns: CTC "
-        "greedy; its beam without (`--no-lm`) and with the word 3-gram; the Paraformer decoder; the beam with "
-        "the 3-gram, mended in at most two parallel passes of the verifier (`--max-passes 2`); the same, "
-        "verified until it is the verifier's own greedy text (the default).",
+        "punctuation off). None of this audio was trained on; `local/reserved.py` refuses it. The columns: "
+        "CTC greedy; its beam without (`--no-lm`) and with the word 3-gram; the Paraformer decoder; the beam "
+        "with the 3-gram, mended in at most two parallel passes of the verifier (`--max-passes 2`); the same,"
+        " verified until it is the verifier's own greedy text (the default).",
         "",
         *score_table(args.work),
         "",
@@ -149,7 +149,7 @@ Default: `{decoder}` with a word 3-gram, {verified}; `ctc_greedy` and `paraforme
 
 Where it comes from: {source}
 
-Good for: read and dictated English, commands, prompts and digits, on a small processor and without a download.
+Good for: read and dictated English, commands, prompts and digits, on a small processor, without a download.
 Not good for: noisy rooms, several speakers at once, rare names; use a full-size model for these. The training
 data is mostly read speech and synthetic voices, with many Mandarin speakers and children.
 

@@ -300,8 +300,9 @@ def test_a_text_is_its_own_draft():
 
 def test_mending_of_words():
     assert mend([1, 2, 8], [5, 2, 8], SPELLED, 0) == [5, 11, 2, 8]  # " Labour"
-    assert mend([1, 2, 8], [8, 7, 7], SPELLED, 0) == [8, 8]  # another word, after which no guess goes on
+    assert mend([5, 2, 1], [8, 7, 7], SPELLED, 0) == [8, 1]  # another word, after which no guess goes on
     assert mend([1, 2, 8], [1, 2, 7], SPELLED, 0) == [1, 2, 7, 8]  # the word goes on
+    assert mend([1, 2, 8], [8, 7, 8], SPELLED, 0) == [8]  # the word is left out
 
 
 @given(st.integers(0, 1000), st.lists(st.lists(st.integers(1, 19), max_size=12), min_size=1, max_size=4))

@@ -120,6 +120,9 @@ def mend(draft: Sequence[int], guesses: Sequence[int | None], kinds: TokenKinds,
             stop = place + 1
             while stop < len(draft) and kinds.kinds[draft[stop]] == INSIDE:
                 stop += 1
+            if stop < len(draft) and guess == draft[stop]:
+                place, strange = stop, False  # the verifier leaves this word out
+                continue
             new += [guess, *_go_on([guess], draft[place:stop], kinds)]
             place, strange = stop, True
             continue

@@ -24,6 +24,7 @@ from torch import Tensor
 from nar_speech.errors import InputError
 from nar_speech.search.redraft import TokenKinds, continue_at, mend, rest_of_word, said_again
 
+SHORT_LOOP = 6  # tokens of a loop that fills half of what a clip can hold
 LOOP_ROUNDS, LOOP_TOKENS = 4, 20  # a loop is something said at least so often, and at least so many tokens;
 LONG_LOOPS = {16: 2, 8: 3}  # something of at least so many tokens need not be said as often
 ANCHOR = 8  # accepted tokens in a row after which the draft's place is certain
@@ -71,18 +72,18 @@ class Decoded:
         return len(self.accepted)
 
 
-def loop_rest(tokens: Sequence[int]) -> int:
+def loop_rest(tokens: Sequence[int], least: int = LOOP_TOKENS) -> int:
     """Tokens to cut off a text that has just begun to loop; 0: it does not.
 
-    A loop is something that is repeated at the end of the text: at least 4 times and for at least 20 tokens,
-    3 times if it has 8 tokens or more, twice if it has 16. All its rounds but the first are to be cut.
+    A loop is something that is repeated at the end of the text: at least 4 times and for at least ``least``
+    tokens, 3 times if it has 8 tokens or more, twice if it has 16. All rounds but the first are to be cut.
     """
     size = len(tokens)
     for period in range(1, size // 2 + 1):
         if tokens[-1] != tokens[-1 - period]:
             continue
         enough = next((n for least, n in LONG_LOOPS.items() if period >= least), LOOP_ROUNDS)
-        rounds = max(enough, -(-LOOP_TOKENS // period))
+        rounds = max(enough, -(-least // period))
         span = rounds * period
         if span <= size and list(tokens[size - span : size - period]) == list(tokens[size - span + period :]):
             return span - period
@@ -114,7 +115,8 @@ class _Text:
             return
         self.tokens.append(token)
         self.log_probs.append(log_prob)
-        rest = loop_rest(self.tokens)
+        # In a clip of one word the limit would come before a loop of 20 tokens.
+        rest = loop_rest(self.tokens, min(LOOP_TOKENS, max(SHORT_LOOP, self.limit // 2)))
         if rest:
             del self.tokens[-rest:], self.log_probs[-rest:]
         self.done = rest > 0 or len(self.tokens) >= self.limit

@@ -124,9 +124,10 @@ def report(args: argparse.Namespace) -> str:
         "",
         "In per cent with 95 % bootstrap intervals, one checkpoint, by `nar-speech evaluate` (lower case, "
         "punctuation off). None of this audio was trained on; `local/reserved.py` refuses it. The columns: "
-        "CTC greedy; its beam without (`--no-lm`) and with the word 3-gram; the Paraformer decoder; the beam "
-        "with the 3-gram, mended in at most two parallel passes of the verifier (`--max-passes 2`); the same,"
-        " verified until it is the verifier's own greedy text (the default).",
+        "CTC greedy; its beam without (`--no-lm`) and with the word 3-gram; the Paraformer decoder; the "
+        "greedy draft (no language model) and the beam's, mended in at most three parallel passes of the "
+        "verifier (`--max-passes 3`); the beam's, verified until it is the verifier's own greedy text (the "
+        "default).",
         "",
         *score_table(args.work),
         "",

@@ -19,13 +19,14 @@ from nar_speech.hub import load_model
 from nar_speech.metrics import char_error_rate, word_error_rate
 from nar_speech.pipelines.evaluate import Evaluation, evaluate, report_lines
 
-# Column -> options of nar_speech.load_model. The first five write words without the verifier's full check.
+# Column -> options of nar_speech.load_model.
 DECODERS = {
     "ctc_greedy": {"decoder": "ctc_greedy", "verify": False},
     "ctc_beam": {"decoder": "ctc_beam", "lm": None, "verify": False},
     "ctc_beam_lm": {"decoder": "ctc_beam", "verify": False},
     "paraformer": {"decoder": "paraformer", "verify": False},
-    "refined": {"decoder": "ctc_beam", "verify": True, "max_passes": 2},
+    "ctc_3_passes": {"decoder": "ctc_greedy", "verify": True, "max_passes": 3},
+    "lm_3_passes": {"decoder": "ctc_beam", "verify": True, "max_passes": 3},
     "verified": {"decoder": "ctc_beam", "verify": True},
 }
 POOLS = {"fluent": ("librispeech_other", "vctk", "jfk"), "all": ()}

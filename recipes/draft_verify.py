@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -143,7 +142,7 @@ def recipe(config: Recipe, world: World) -> None:
     validate = Validator(dev, frontend, tokenizer, evaluate, config.unit, world)
     result = train(config.train, model, loss_step, data, validate, world)
     if result.finished and world.main:
-        save_safetensors(Path(folder) / "final.safetensors", model)
+        save_safetensors(f"{folder}/final.safetensors", model)
         say(world, f"final weights: {folder}/final.safetensors ({result.weights_from})")
 
 

@@ -24,7 +24,7 @@ WHISPER = {"output_size": 32, "attention_heads": 2, "linear_units": 48, "num_blo
 LOG_MEL = FrontendConfig(kind="log_mel", num_mels=80)
 
 
-def verifier_parts(seed=1):
+def verifier_parts(seed=4):
     torch.manual_seed(seed)
     config = WhisperDecoderConfig(
         SMALL.vocab_size, size=32, heads=2, linear_units=48, num_blocks=2, max_tokens=60

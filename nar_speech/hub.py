@@ -304,7 +304,7 @@ def _load_own(folder: Path) -> LoadedModel:
     from nar_speech.checkpoint import SkipInit, load_strict, read_weights
     from nar_speech.compress import expand
     from nar_speech.features import build_frontend
-    from nar_speech.model_folder import CONFIG_FILE, WEIGHTS_FILE, check_sums, find_lm, read_model_file
+    from nar_speech.model_folder import CONFIG_FILE, WEIGHTS_FILE, check_sums, find_files, read_model_file
     from nar_speech.text.tokenizer import load_tokenizer
 
     file = read_model_file(folder)
@@ -335,7 +335,7 @@ def _load_own(folder: Path) -> LoadedModel:
         network = build(config)
     load_strict(network, expand(read_weights(folder / WEIGHTS_FILE)), where=folder / WEIGHTS_FILE)
     network.eval().requires_grad_(False)
-    decoding = find_lm(file.decoding, folder)
+    decoding = find_files(file.decoding, folder)
     return LoadedModel(network, frontend, tokenizer, file.card, decoding, folder, "nar_speech", file.verifier)
 
 

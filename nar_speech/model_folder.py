@@ -65,6 +65,9 @@ class SegmentConfig:
             )
 
 
+BROUGHT = ("lm", "prior")  # fields of the decoding that name files of the model folder
+
+
 @dataclass(frozen=True)
 class DecodingConfig:
     """How a model's output becomes text.
@@ -77,6 +80,9 @@ class DecodingConfig:
         lm: n-gram model that ``ctc_beam`` follows, a file in the model folder or a path: compact
             (``.safetensors``, of ``python -m recipes.ngram``) or ARPA text. None: none.
         lm_weight, word_bonus, unknown_word: see :class:`nar_speech.search.word_lm.WordLm`.
+        prior: label prior of the CTC head, a file like ``lm``, with the tensor ``log_prior`` (V,); used with a
+            language model only (:mod:`nar_speech.search.prior`). None: none.
+        prior_weight: power of the prior by which the posteriors are divided.
         blank_skip: see :func:`nar_speech.search.prefix_beam.prefix_beam`.
         ctc_weight, reverse_weight: see :func:`nar_speech.search.rescore.attention_rescore`.
         nbest: hypotheses listed per segment; 1 lists none.
@@ -95,6 +101,8 @@ class DecodingConfig:
     lm_weight: float = 0.5
     word_bonus: float = 2.0
     unknown_word: float = -1.5
+    prior: str | None = None
+    prior_weight: float = 0.3
     blank_skip: float | None = None
     ctc_weight: float = 0.5
     reverse_weight: float = 0.0
@@ -110,14 +118,15 @@ class DecodingConfig:
     def __post_init__(self) -> None:
         configs.check_range(self, 1, MAX_BEAM, "beam", "nbest")
         configs.check_range(self, 0, MAX_BONUS, "lm_weight", "hotword_score")
-        configs.check_range(self, 0, 1, "ctc_weight", "reverse_weight")
+        configs.check_range(self, 0, 1, "ctc_weight", "reverse_weight", "prior_weight")
         configs.check_range(self, -MAX_BONUS, MAX_BONUS, "word_bonus", "unknown_word")
         if self.unknown_word > 0:
             raise ConfigError(f"unknown_word: got {self.unknown_word:g}; it is a penalty, at most 0")
         if self.max_passes is not None and self.max_passes < 1:
             raise ConfigError(f"max_passes: got {self.max_passes}; must be at least 1")
-        if self.lm == "":
-            raise ConfigError("lm: the name is empty; name a file, or leave the key out")
+        for name in BROUGHT:
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name}: the name is empty; name a file, or leave the key out")
         if self.blank_skip is not None and not 0 < self.blank_skip < 1:
             raise ConfigError(f"blank_skip: got {self.blank_skip:g}; must be between 0 and 1")
 
@@ -185,10 +194,10 @@ def write_model_folder(
     Args:
         network: the model's configuration dataclass.
         cmvn_from: folder with the file that ``frontend.cmvn`` names.
-        decoding: its ``lm``, a path, is copied into the folder.
+        decoding: its ``lm`` and ``prior``, paths, are copied into the folder.
 
     Raises:
-        ConfigError: the CMVN file or the language model is missing.
+        ConfigError: the CMVN file or a file that ``decoding`` names is missing.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,11 +209,12 @@ def write_model_folder(
         files.append(frontend.cmvn)
     if decoding is None or isinstance(decoding, Mapping):
         decoding = configs.from_dict(DecodingConfig, decoding or {}, "decoding")
-    if decoding.lm is not None:
-        name = Path(decoding.lm).name
-        _bring(Path(decoding.lm), folder / name, "decoding.lm")
-        decoding = replace(decoding, lm=name)
-        files.append(name)
+    for key in BROUGHT:
+        if getattr(decoding, key) is not None:
+            source = Path(getattr(decoding, key))
+            _bring(source, folder / source.name, f"decoding.{key}")
+            decoding = replace(decoding, **{key: source.name})
+            files.append(source.name)
     sums = {name: sha256(folder / name) for name in files}
     tree = ModelFile(card, configs.to_dict(network), tokenizer_config, frontend, decoding, sha256=sums)
     _write_model_file(tree, folder)
@@ -215,22 +225,25 @@ def change_model_decoding(folder: str | Path, **options: Any) -> ModelFile:
     """Change fields of the ``decoding`` part of a model folder; returns the new ``model.yaml``.
 
     Args:
-        options: fields of :class:`DecodingConfig`. ``lm`` is a path; the file is copied into the folder.
+        options: fields of :class:`DecodingConfig`. ``lm`` and ``prior`` are paths; the files are copied into
+            the folder.
 
     Raises:
-        ConfigError: an unknown field or a wrong value, or the language model is missing.
+        ConfigError: an unknown field or a wrong value, or a file is missing.
     """
     folder = Path(folder)
     file = read_model_file(folder)
     sums = dict(file.sha256)
-    if options.get("lm") is not None:
-        source = Path(options["lm"])
-        _bring(source, folder / source.name, "decoding.lm")
-        options["lm"] = source.name
-        sums[source.name] = sha256(folder / source.name)
-    if "lm" in options and file.decoding.lm not in (None, options["lm"]):
-        sums.pop(file.decoding.lm, None)
-        (folder / file.decoding.lm).unlink(missing_ok=True)
+    for key in BROUGHT:
+        before = getattr(file.decoding, key)
+        if options.get(key) is not None:
+            source = Path(options[key])
+            _bring(source, folder / source.name, f"decoding.{key}")
+            options[key] = source.name
+            sums[source.name] = sha256(folder / source.name)
+        if key in options and before not in (None, options[key]):
+            sums.pop(before, None)
+            (folder / before).unlink(missing_ok=True)
     decoding = configs.from_dict(DecodingConfig, {**vars(file.decoding), **options}, "decoding")
     tree = replace(file, decoding=decoding, sha256=sums)
     _write_model_file(tree, folder)
@@ -280,11 +293,11 @@ def copy_verifier(source: str | Path, target: str | Path) -> None:
     _write_model_file(replace(file, verifier=config, sha256=sums), target)
 
 
-def find_lm(decoding: DecodingConfig, folder: str | Path) -> DecodingConfig:
-    """``decoding`` with the path of the language model where its name is that of a file in ``folder``."""
-    if decoding.lm is None or not (Path(folder) / decoding.lm).is_file():
-        return decoding
-    return replace(decoding, lm=str(Path(folder) / decoding.lm))
+def find_files(decoding: DecodingConfig, folder: str | Path) -> DecodingConfig:
+    """``decoding`` with whole paths of the files that lie in ``folder``."""
+    named = {key: getattr(decoding, key) for key in BROUGHT if getattr(decoding, key) is not None}
+    paths = {key: str(Path(folder) / name) for key, name in named.items() if (Path(folder) / name).is_file()}
+    return replace(decoding, **paths)
 
 
 def _bring(source: Path, target: Path, key: str) -> None:

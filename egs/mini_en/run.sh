@@ -182,7 +182,7 @@ manifests() {
     filter=(--least-score "$filter_score")
   fi
   py make_cuts --work "$work" "${shared[@]}" --vocab-size "$vocab_size" --seed "$seed" "${filter[@]}" \
-    --repeat librispeech251=3 dctts_reader=2 asterisk=2 synthetic_kokoro=2
+    --repeat librispeech251=5 dctts_reader=3 asterisk=2 fsdd=2 synthetic_kokoro=3 synthetic_piper=2
 }
 
 packing() { py pack pack --work "$work" --out "$pack" --mib "$pack_mib" --jobs "$jobs" --seed "$seed"; }
@@ -224,7 +224,8 @@ export_model() {
   if [ -e "$work/lm.safetensors" ]; then lm=(--lm "$work/lm.safetensors"); fi
   py export --run "$run" --name "$name" --out "$work/model" "${lm[@]}"
   if [ ${#lm[@]} -gt 0 ]; then
-    py tune_lm --model "$work/model" "${lm[@]}" --cuts "$work/cuts/dev.jsonl.gz" --write
+    py tune_lm --model "$work/model" "${lm[@]}" --cuts "$work/cuts/dev.jsonl.gz" \
+      --prior-cuts "$work/cuts/train.jsonl.gz" --write
   fi
 }
 # The beam's word 3-gram; without books there is no text to make one of.

@@ -443,6 +443,8 @@ class Recognizer:
             lists = [[hypothesis] for hypothesis in greedy(log_probs, lengths, blank)]
         else:
             lm = self.language_model(decoding)
+            if lm is not None:
+                log_probs = self._lms.divide(log_probs, decoding)
             lists = prefix_beam(
                 log_probs,
                 lengths,

@@ -20,6 +20,8 @@ from reserved import check_not_reserved
 
 from nar_speech.text.tokenizer import BpeTokenizer, train_bpe
 
+SINGLE_WORDS = ("fsdd", "wake_words")
+
 
 def limited(rows: list[dict], most: dict[str, float], seed: int) -> list[dict]:
     """Rows with at most `most[source]` hours of each source named there, drawn at random."""
@@ -111,7 +113,8 @@ def load(folder: Path, files: list[Path]) -> list[dict]:
 def add_written(work: Path, rows: list[dict]) -> None:
     """Put the written form (case, punctuation) into the rows where it is known.
 
-    Of recordings it is what teacher.py made, of synthetic speech the sentence that was given to the voice.
+    Of recordings it is what teacher.py made, of synthetic speech the sentence that was given to the voice, of
+    single words the word as a sentence: without them the verifier repeats clips of less than a second.
     """
     cased, spoken = {}, {}
     for path in sorted((work / "real" / "cased").glob("*.jsonl")):
@@ -120,7 +123,8 @@ def add_written(work: Path, rows: list[dict]) -> None:
         spoken |= {(row["id"], row["text"]): row["spoken"] for row in read_jsonl(path)}
     for row in rows:
         real = cased.get((row["source"], row["name"]))
-        row.setdefault("written", real or spoken.get((row["name"], row["text"])))
+        word = f"{row['text'].capitalize()}." if row["source"] in SINGLE_WORDS else None
+        row.setdefault("written", real or word or spoken.get((row["name"], row["text"])))
 
 
 def word_pieces(work: Path, real: list[dict], size: int):

@@ -1,14 +1,17 @@
 """Set the weights of the language model on the development set, and put it into the model folder.
 
-    python tune_lm.py --model work/model --lm work/lm.safetensors --cuts work/cuts/dev.jsonl.gz [--write]
+    python tune_lm.py --model work/model --lm work/lm.safetensors --cuts work/cuts/dev.jsonl.gz \
+        [--prior-cuts work/cuts/train.jsonl.gz] [--write]
 
-The acoustic model runs once. Then a coarse grid over weight and word bonus, then one value after the other,
+The label prior is the mean posterior over some clips of the training set; its weight is tuned like the
+others. The acoustic model runs once. Then a coarse grid over weight and word bonus, then one value after the other,
 each time the one with the smallest sum of word and character error rate. Prints the error rates of greedy
 search, of the beam without the model and with it, and the CPU time of each search per second of audio.
 """
 
 import argparse
 import itertools
+import random
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -18,21 +21,27 @@ import torch
 from lhotse import CutSet
 from torch import Tensor
 
+from nar_speech.checkpoint import save_safetensors
 from nar_speech.hub import load_model
 from nar_speech.metrics import char_error_rate, word_error_rate
 from nar_speech.model_folder import DecodingConfig, change_model_decoding
+from nar_speech.pipelines.language_model import PRIOR_NAME
 from nar_speech.pipelines.recognize import LM_CANDIDATES, LM_FLOOR, Recognizer
 from nar_speech.search.ctc import greedy, prefix_beam
+from nar_speech.search.prior import divide_by_prior, label_prior
 from nar_speech.text.normalize import get_normalizer
 
-WEIGHTS = (0.3, 0.5, 0.7)
-BONUSES = (1.0, 2.0, 3.0)
+WEIGHTS = (0.3, 0.45, 0.6)
+BONUSES = (0.5, 1.0, 2.0)
 STEPS = {  # tried one after the other, around the best so far
+    "prior_weight": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
     "unknown_word": (-3.0, -2.0, -1.5, -1.0, -0.6),
     "lm_weight": (-0.1, 0.1),
     "word_bonus": (-0.5, 0.5),
 }
+ABSOLUTE = ("unknown_word", "prior_weight")  # values, not steps
 BATCH_SECONDS = 60.0
+PRIOR_CLIPS = 400
 
 
 @dataclass(frozen=True)
@@ -59,17 +68,26 @@ def run_network(recognizer: Recognizer, cuts: list, normalize) -> list[Batch]:
     return batches
 
 
+def estimate_prior(batches: list[Batch]) -> Tensor:
+    """(V,) log prior over all batches."""
+    rows = [b.log_probs[i, : b.lengths[i]] for b in batches for i in range(len(b.lengths))]
+    frames = torch.cat(rows)
+    return label_prior(frames[None], torch.tensor([len(frames)]))
+
+
 class Trial:
     """Error rates of a decoding on the batches."""
 
-    def __init__(self, recognizer: Recognizer, batches: list[Batch], seconds: float, normalize):
-        self.recognizer, self.batches, self.seconds = recognizer, batches, seconds
+    def __init__(
+        self, recognizer: Recognizer, batches: list[Batch], prior: Tensor | None, seconds: float, normalize
+    ):
+        self.recognizer, self.batches, self.prior, self.seconds = recognizer, batches, prior, seconds
         self.normalize, self.known = normalize, {}
 
     def __call__(self, decoding: DecodingConfig) -> tuple[float, float]:
         """Word and character error rate in per cent; prints them."""
         key = (decoding.decoder, decoding.beam, decoding.lm, decoding.lm_weight, decoding.word_bonus)
-        key = (*key, decoding.unknown_word)
+        key = (*key, decoding.unknown_word, decoding.prior_weight)
         if key in self.known:
             return self.known[key]
         references, hypotheses = [], []
@@ -86,7 +104,7 @@ class Trial:
             label += f" {decoding.beam}"
             if decoding.lm:
                 label += f", weight {decoding.lm_weight:.2f}, bonus {decoding.word_bonus:.2f}"
-                label += f", unknown {decoding.unknown_word:.2f}"
+                label += f", unknown {decoding.unknown_word:.2f}, prior {decoding.prior_weight:.2f}"
         print(f"{label}: WER {words:.2f}, CER {characters:.2f}, {cost:.4f} CPU-s/s", flush=True)
         self.known[key] = words, characters
         return self.known[key]
@@ -96,8 +114,11 @@ class Trial:
             return greedy(batch.log_probs, batch.lengths)
         lm = self.recognizer.language_model(decoding)
         limits = {} if lm is None else {"candidates": max(decoding.beam, LM_CANDIDATES), "floor": LM_FLOOR}
+        log_probs = batch.log_probs
+        if lm is not None and self.prior is not None:
+            log_probs = divide_by_prior(log_probs, self.prior, decoding.prior_weight)
         lists = prefix_beam(
-            batch.log_probs,
+            log_probs,
             batch.lengths,
             decoding.beam,
             lm=lm,
@@ -121,8 +142,11 @@ def tune(trial: Trial, decoding: DecodingConfig) -> DecodingConfig:
         return sum(trial(candidate))
 
     best = min(grid, key=cost)
-    for name in ("unknown_word", "lm_weight", "word_bonus", "unknown_word"):
-        start = 0.0 if name == "unknown_word" else getattr(best, name)
+    names = ["unknown_word", "lm_weight", "word_bonus", "unknown_word"]
+    if trial.prior is not None:
+        names = ["prior_weight", *names, "prior_weight", "lm_weight", "word_bonus"]
+    for name in names:
+        start = 0.0 if name in ABSOLUTE else getattr(best, name)
         values = [round(start + step, 3) for step in STEPS[name]]
         best = min([best, *(replace(best, **{name: v}) for v in values)], key=cost)
     return best
@@ -133,6 +157,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--lm", type=Path, required=True, help="compact or ARPA file")
     parser.add_argument("--cuts", type=Path, required=True, help="manifest of the development set")
+    parser.add_argument("--prior-cuts", type=Path, help="manifest to estimate the label prior on")
     parser.add_argument("--beam", type=int, default=24)
     parser.add_argument("--blank-skip", type=float, default=0.99)
     parser.add_argument("--write", action="store_true", help="put the model and its weights into the folder")
@@ -148,7 +173,12 @@ def main() -> None:
     seconds = sum(cut.duration for cut in cuts)
     cost = (time.process_time() - start) / seconds
     print(f"{len(cuts)} utterances, {seconds:.0f} s; network {cost:.4f} CPU-s/s", flush=True)
-    trial = Trial(recognizer, batches, seconds, normalize)
+    prior = None
+    if args.prior_cuts:
+        known = list(CutSet.from_file(args.prior_cuts))
+        some = random.Random(1).sample(known, min(PRIOR_CLIPS, len(known)))
+        prior = estimate_prior(run_network(recognizer, some, normalize))
+    trial = Trial(recognizer, batches, prior, seconds, normalize)
     trial(replace(decoding, decoder="ctc_greedy"))
     trial(replace(decoding, lm=None))
     best = tune(trial, decoding)
@@ -157,7 +187,11 @@ def main() -> None:
     trial(best)
     if args.write:
         names = ("decoder", "beam", "lm", "lm_weight", "word_bonus", "unknown_word", "blank_skip")
-        change_model_decoding(args.model, **{name: getattr(best, name) for name in names})
+        found = {name: getattr(best, name) for name in names}
+        if prior is not None:
+            save_safetensors(args.model / "prior.safetensors", {PRIOR_NAME: prior})
+            found |= {"prior": str(args.model / "prior.safetensors"), "prior_weight": best.prior_weight}
+        change_model_decoding(args.model, **found)
         print(f"{args.model}: decoding written", file=sys.stderr)
 
 

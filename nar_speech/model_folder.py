@@ -80,8 +80,8 @@ class DecodingConfig:
         lm: n-gram model that ``ctc_beam`` follows, a file in the model folder or a path: compact
             (``.safetensors``, of ``python -m recipes.ngram``) or ARPA text. None: none.
         lm_weight, word_bonus, unknown_word: see :class:`nar_speech.search.word_lm.WordLm`.
-        prior: label prior of the CTC head, a file like ``lm``, with the tensor ``log_prior`` (V,); used with a
-            language model only (:mod:`nar_speech.search.prior`). None: none.
+        prior: label prior of the CTC head, a file like ``lm`` with the tensor ``log_prior`` (V,); used with
+            a language model only (:mod:`nar_speech.search.prior`). None: none.
         prior_weight: power of the prior by which the posteriors are divided.
         blank_skip: see :func:`nar_speech.search.prefix_beam.prefix_beam`.
         ctc_weight, reverse_weight: see :func:`nar_speech.search.rescore.attention_rescore`.

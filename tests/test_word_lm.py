@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 import nar_speech
 from nar_speech import cli, hub
+from nar_speech.checkpoint import save_safetensors
 from nar_speech.errors import ConfigError
 from nar_speech.model_folder import DecodingConfig, change_model_decoding, check_sums, read_model_file
-from nar_speech.pipelines.language_model import LanguageModels
+from nar_speech.pipelines.language_model import PRIOR_NAME, LanguageModels
 from nar_speech.search.ctc import ContextGraph, prefix_beam
+from nar_speech.search.prior import divide_by_prior, label_prior
 from nar_speech.search.word_lm import Lexicon, TokenLm, WordLm, word_lexicon
 from nar_speech.text.arpa import write_arpa
 from nar_speech.text.kneser_ney import choose_vocabulary, estimate
@@ -300,6 +302,39 @@ def test_model_folder_holds_its_language_model(files, tmp_path):
     (folder / "lm.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"lm\.safetensors: can't read the language model"):
         nar_speech.load_model(folder, device="cpu")(wave)
+
+
+def test_posteriors_over_the_prior(files, tmp_path):
+    log_probs = random_log_probs(0, 6, 5)
+    prior = label_prior(log_probs, torch.tensor([4]))
+    assert torch.allclose(prior.exp(), log_probs[0, :4].exp().mean(0), atol=1e-6)
+    divided = divide_by_prior(log_probs, prior, 0.4)
+    assert torch.allclose(divided.exp().sum(-1), torch.ones(1, 6), atol=1e-6)
+    wanted = log_probs.exp() / prior.exp() ** 0.4
+    assert torch.allclose(divided.exp(), wanted / wanted.sum(-1, keepdim=True), atol=1e-6)
+    assert torch.allclose(divide_by_prior(log_probs, prior, 0.0), log_probs, atol=1e-6)
+
+
+def test_model_folder_holds_its_prior(files, tmp_path):
+    plain = {"decoder": "ctc_beam", "lm": str(files["lm"]), "lm_weight": 1.5}
+    folder = ctc_folder(tmp_path / "c", decoding=plain)
+    wave = noise(1.0)
+    before = nar_speech.load_model(folder, device="cpu")(wave, nbest=3).segments[0].nbest
+    size = nar_speech.load_model(folder, device="cpu").recognizer.tokenizer.vocab_size
+    save_safetensors(tmp_path / "prior.safetensors", {PRIOR_NAME: torch.linspace(-9, 0, size)})
+    file = change_model_decoding(folder, prior=str(tmp_path / "prior.safetensors"), prior_weight=0.8)
+    assert file.decoding.prior == "prior.safetensors"
+    check_sums(folder, file.sha256)
+    model = nar_speech.load_model(folder, device="cpu")
+    assert model(wave, nbest=3).segments[0].nbest != before
+    assert model(wave, nbest=3, prior_weight=0.0).segments[0].nbest == before
+    greedy = nar_speech.load_model(ctc_folder(tmp_path / "d"), device="cpu", decoder="ctc_beam")
+    assert model(wave, lm=None).text == greedy(wave).text  # without a language model it is not used
+    save_safetensors(tmp_path / "short.safetensors", {PRIOR_NAME: torch.zeros(size - 1)})
+    with pytest.raises(ConfigError, match=f"{PRIOR_NAME}' of {size} values"):
+        model(wave, prior=str(tmp_path / "short.safetensors"))
+    change_model_decoding(folder, prior=None)
+    assert not (folder / "prior.safetensors").exists()
 
 
 def test_words_or_tokens(files):

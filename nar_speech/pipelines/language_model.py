@@ -8,7 +8,6 @@ from nar_speech.checkpoint import read_weights
 from nar_speech.errors import ConfigError
 from nar_speech.model_folder import DecodingConfig
 from nar_speech.search.prefix_beam import Scorer
-from nar_speech.search.prior import divide_by_prior
 from nar_speech.search.word_lm import WORD_START, Lexicon, TokenLm, WordLm, word_lexicon
 from nar_speech.text.ngram import END, START, UNKNOWN, NgramModel
 from nar_speech.text.tokenizer import Tokenizer
@@ -48,24 +47,23 @@ class LanguageModels:
             self._key = key
         return self._scorer
 
-    def divide(self, log_probs: Tensor, decoding: DecodingConfig) -> Tensor:
-        """CTC posteriors (B, T, V) over the model's label prior, if ``decoding`` names one.
+    def prior(self, decoding: DecodingConfig, size: int) -> Tensor | None:
+        """(V,) log prior of the labels, V = ``size``; None if ``decoding`` names none.
 
         Raises:
-            ConfigError: a bad file, or one of another model.
+            CheckpointError, ConfigError: a bad file, or one of another model.
         """
         if decoding.prior is None or not decoding.prior_weight:
-            return log_probs
+            return None
         if self._prior is None or self._prior[0] != decoding.prior:
-            tensors, size = read_weights(decoding.prior), log_probs.shape[-1]
-            prior = tensors.get(PRIOR_NAME)
+            prior = read_weights(decoding.prior).get(PRIOR_NAME)
             if prior is None or prior.shape != (size,) or not bool(prior.isfinite().all()):
                 raise ConfigError(
                     f"prior: {decoding.prior} must hold the finite tensor '{PRIOR_NAME}' of {size} values,"
                     " one a label of this model"
                 )
             self._prior = decoding.prior, prior
-        return divide_by_prior(log_probs, self._prior[1], decoding.prior_weight)
+        return self._prior[1]
 
     def _make(self, model: NgramModel, weight: float, bonus: float, unknown: float) -> Scorer:
         marked = any(piece.startswith(WORD_START) for piece in self.pieces)

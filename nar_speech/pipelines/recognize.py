@@ -32,6 +32,7 @@ from nar_speech.search.ctc import (
 )
 from nar_speech.search.parallel import best_sequences
 from nar_speech.search.prefix_beam import Scorer
+from nar_speech.search.prior import divide_by_prior
 from nar_speech.search.rescore import attention_rescore
 from nar_speech.text.postprocess import split_tags
 from nar_speech.text.timestamps import token_times
@@ -183,7 +184,18 @@ class Recognizer:
         Raises:
             ConfigError: a bad file, or one that does not suit the tokenizer.
         """
-        return None if decoding.lm is None else self._lms(decoding)
+        if decoding.lm is None:
+            return None
+        self.prior(decoding)
+        return self._lms(decoding)
+
+    def prior(self, decoding: DecodingConfig) -> Tensor | None:
+        """The label prior that goes with the language model, read when it is first asked for.
+
+        Raises:
+            CheckpointError, ConfigError: a bad file, or one of another model.
+        """
+        return self._lms.prior(decoding, self.network.config.vocab_size)
 
     def verifier(self) -> Verifier:
         """What checks the text, read when it is first asked for.
@@ -443,8 +455,9 @@ class Recognizer:
             lists = [[hypothesis] for hypothesis in greedy(log_probs, lengths, blank)]
         else:
             lm = self.language_model(decoding)
-            if lm is not None:
-                log_probs = self._lms.divide(log_probs, decoding)
+            prior = None if lm is None else self.prior(decoding)
+            if prior is not None:
+                log_probs = divide_by_prior(log_probs, prior, decoding.prior_weight)
             lists = prefix_beam(
                 log_probs,
                 lengths,

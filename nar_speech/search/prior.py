@@ -1,4 +1,4 @@
-"""Label priors: what a CTC model expects of any frame, taken out before a language model says what it expects.
+"""Label priors: what a CTC model expects of any frame, taken out before a language model has its say.
 
 A CTC model learns how often each label occurs in its training texts, and blank above all. Under a language
 model that counts twice: EESEN (Miao et al. 2015, arXiv 1507.08240, section 4.2) divides the posteriors by the

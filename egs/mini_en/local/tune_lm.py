@@ -4,9 +4,10 @@
         [--prior-cuts work/cuts/train.jsonl.gz] [--write]
 
 The label prior is the mean posterior over some clips of the training set; its weight is tuned like the
-others. The acoustic model runs once. Then a coarse grid over weight and word bonus, then one value after the other,
-each time the one with the smallest sum of word and character error rate. Prints the error rates of greedy
-search, of the beam without the model and with it, and the CPU time of each search per second of audio.
+others. The acoustic model runs once. Then a coarse grid over weight and word bonus, then one value after
+the other, each time the one with the smallest sum of word and character error rate. Prints the error rates
+of greedy search, of the beam without the model and with it, and the CPU time of each search per second of
+audio.
 """
 
 import argparse

@@ -13,19 +13,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 
 from nar_speech import config as configs
 from nar_speech.checkpoint import save_safetensors
-from nar_speech.data import AugmentConfig, DataConfig, EvalData, SpecAugmentConfig, TrainData, spec_augment
+from nar_speech.data import spec_augment
 from nar_speech.errors import ConfigError
-from nar_speech.features import FrontendConfig
 from nar_speech.layers.whisper_decoder import WhisperDecoder, WhisperDecoderConfig
 from nar_speech.losses.ctc import ctc_loss
 from nar_speech.losses.noisy_prefix import noisy_prefix_ce
-from nar_speech.model_folder import DecodingConfig
 from nar_speech.models.paraformer import (
     BLANK,
     EOS,
@@ -37,36 +34,32 @@ from nar_speech.models.paraformer import (
 )
 from nar_speech.search import ctc as ctc_search
 from nar_speech.text.whisper_bpe import WhisperBpeTokenizer
-from nar_speech.train import TrainConfig, World, say, train
+from nar_speech.train import World, say, train
 from nar_speech.train.recipe import InitSection, load_initial, run_recipe
-from nar_speech.train.recognition import TokenizerSection, Validator, make_frontend, make_tokenizer
+from nar_speech.train.recognition import (
+    RecognitionRecipe,
+    Validator,
+    make_data,
+    make_frontend,
+    make_tokenizer,
+)
 from nar_speech.train.verifier import VerifierSection, verifier_tokens
-from nar_speech.types import ModelCard
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that can be set; ``network`` takes its sizes from the frontend and the tokenizer.
+@dataclass(frozen=True, kw_only=True)
+class Recipe(RecognitionRecipe):
+    """Everything that can be set.
 
-    ``ctc_weight`` and ``parallel_weight`` are factors on the CTC loss and on the Paraformer's losses; the
-    verifier's is in its section.
+    Attributes:
+        ctc_weight, parallel_weight: factors on the CTC loss and on the Paraformer's losses; the verifier's is
+            in its section.
+        init_verifier: initial weights of the verifier, as ``init`` of the rest.
     """
 
-    train: TrainConfig
-    data: DataConfig
-    card: ModelCard
     verifier: VerifierSection
-    frontend: FrontendConfig = field(default_factory=FrontendConfig)
-    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
-    network: dict[str, Any] = field(default_factory=dict)
-    init: InitSection = field(default_factory=InitSection)
     init_verifier: InitSection = field(default_factory=InitSection)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    specaug: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
-    decoding: DecodingConfig = field(default_factory=DecodingConfig)
     ctc_weight: float = 1.0
     parallel_weight: float = 0.0
-    unit: Literal["wer", "cer"] = "wer"
 
 
 def losses(
@@ -117,9 +110,7 @@ def recipe(config: Recipe, world: World) -> None:
     count = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     say(world, ", ".join(f"{name} {millions:.2f} M" for name, millions in count.items()) + f", {sizes}")
 
-    group = world.size * config.train.accumulation
-    data = TrainData(config.data, tokenizer.encode, config.augment, seed, world.rank, world.size, group)
-    dev = EvalData(config.data, tokenizer.encode, world.rank, world.size)
+    data, dev = make_data(config, tokenizer.encode, world)
 
     def loss_step(model, batch, generator, step):
         feats, lengths = frontend(batch.waves, batch.wave_lengths)

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 
 from nar_speech import config as configs
-from nar_speech.data import AugmentConfig, DataConfig, EvalData, SpecAugmentConfig, TrainData, spec_augment
-from nar_speech.features import FrontendConfig
+from nar_speech.data import spec_augment
 from nar_speech.losses.mwer import mwer_loss, negative_samples
-from nar_speech.model_folder import DecodingConfig, write_model_folder
+from nar_speech.model_folder import write_model_folder
 from nar_speech.models.paraformer import (
     BLANK,
     EOS,
@@ -31,9 +29,15 @@ from nar_speech.models.paraformer import (
     training_pass,
 )
 from nar_speech.search import ctc as ctc_search
-from nar_speech.train import TrainConfig, World, say, train
-from nar_speech.train.recipe import InitSection, load_initial, run_recipe
-from nar_speech.train.recognition import TokenizerSection, Validator, make_frontend, make_tokenizer
+from nar_speech.train import World, say, train
+from nar_speech.train.recipe import load_initial, run_recipe
+from nar_speech.train.recognition import (
+    RecognitionRecipe,
+    Validator,
+    make_data,
+    make_frontend,
+    make_tokenizer,
+)
 from nar_speech.types import ModelCard
 
 
@@ -54,22 +58,11 @@ class MwerSection:
     depth: int = 1
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that can be set; ``network`` takes its sizes from the frontend and the tokenizer."""
+@dataclass(frozen=True, kw_only=True)
+class Recipe(RecognitionRecipe):
+    """Everything that can be set."""
 
-    train: TrainConfig
-    data: DataConfig
-    card: ModelCard
-    frontend: FrontendConfig = field(default_factory=FrontendConfig)
-    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
-    network: dict[str, Any] = field(default_factory=dict)
-    init: InitSection = field(default_factory=InitSection)
     mwer: MwerSection = field(default_factory=MwerSection)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    specaug: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
-    decoding: DecodingConfig = field(default_factory=DecodingConfig)
-    unit: Literal["wer", "cer"] = "wer"
 
 
 def greedy(model: Paraformer, feats: torch.Tensor, lengths: torch.Tensor) -> list[list[int]]:
@@ -103,9 +96,7 @@ def recipe(config: Recipe, world: World) -> None:
     say(world, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {sizes}")
     say(world, load_initial(model, config.init))
 
-    group = world.size * config.train.accumulation
-    data = TrainData(config.data, tokenizer.encode, config.augment, seed, world.rank, world.size, group)
-    dev = EvalData(config.data, tokenizer.encode, world.rank, world.size)
+    data, dev = make_data(config, tokenizer.encode, world)
 
     def loss_step(model, batch, generator, step):
         feats, lengths = frontend(batch.waves, batch.wave_lengths)

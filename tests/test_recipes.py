@@ -29,13 +29,13 @@ from nar_speech.train.recognition import (
     make_tokenizer,
 )
 from nar_speech.train.report import read_log
-from recipes import ctc, paraformer
+from recipes import ctc, draft_verify, paraformer
 from tests.corpus import make_manifest, make_spelled
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ["Go left", "stop", "the cat", "a dog ran"]
 ALONE = World(0, 1, torch.device("cpu"))
-RECIPES = {"ctc": ctc, "paraformer": paraformer}
+RECIPES = {"ctc": ctc, "paraformer": paraformer, "draft_verify": draft_verify}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def losses(folder):
     return {r["step"]: r["loss"] for r in read_log(Path(folder) / "train.jsonl") if "loss" in r}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ("ctc", "paraformer"))
 def test_recipe_trains_resumes_and_writes_a_model_folder(name, corpus, tmp_path, capsys):
     from nar_speech.train.recipe import run_recipe
 
@@ -158,7 +158,7 @@ def test_mwer_joins_after_its_step(corpus, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ("ctc", "paraformer"))
 def test_recipe_learns_to_read_tones(name, tmp_path):
     """Letters as tones: both models, and the Paraformer's CTC head, must learn to read unseen strings."""
     manifests = [
@@ -221,10 +221,7 @@ def test_a_refused_start_leaves_the_settings_of_the_run_that_is_there(corpus, tm
     "path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
 )
 def test_every_configuration_is_valid_and_builds(path):
-    module = RECIPES.get(path.parent.name)
-    if module is None:
-        pytest.skip("of another recipe")
-    config = configs.load(module.Recipe, [path], ["train.output_dir=x"])
+    config = configs.load(RECIPES[path.parent.name].Recipe, [path], ["train.output_dir=x"])
     assert config.card.name
     sizes = {"input_size": Frontend(config.frontend).feature_size, "vocab_size": 4234}
     with torch.device("meta"):
@@ -233,7 +230,7 @@ def test_every_configuration_is_valid_and_builds(path):
         else:
             model = build_paraformer(configs.from_dict(ParaformerConfig, {**config.network, **sizes}))
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    bounds = {"large": (210, 230), "mini_en": (9, 20), "tiny": (0, 0.3)}
+    bounds = {"large": (210, 230), "mini_en": (9, 25), "tiny": (0, 0.3)}
     low, high = bounds.get(path.stem, (10, 80))
     assert low < millions < high
 

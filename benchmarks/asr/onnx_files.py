@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.asr.official import auto_model
+
 NEEDED = ("funasr", "onnx", "onnxruntime")
 FILES = {"float32": "model.onnx", "int8": "model_quant.onnx"}
 
@@ -43,19 +45,9 @@ def make(folder: Path) -> None:
 
 def export(folder: Path) -> None:
     """FunASR's own export and quantisation, in this process."""
-    from funasr import AutoModel
-
     # It relies on the exporter that was PyTorch's default before 2.9.
     torch.onnx.export = functools.partial(torch.onnx.export, dynamo=False)
-    model = AutoModel(
-        model=str(folder),
-        device="cpu",
-        ncpu=torch.get_num_threads(),
-        disable_update=True,
-        disable_pbar=True,
-        log_level="ERROR",
-    )
-    model.export(type="onnx", quantize=True, output_dir=str(folder))
+    auto_model(folder).export(type="onnx", quantize=True, output_dir=str(folder))
 
 
 if __name__ == "__main__":

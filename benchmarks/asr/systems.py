@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks.asr import onnx_files
+from benchmarks.asr.official import auto_model
 from nar_speech.model_folder import DecodingConfig
 from nar_speech.models.paraformer import EOS, Paraformer
 
@@ -56,16 +57,7 @@ class Official:
 
     def __init__(self, folder: Path):
         logging.disable(logging.INFO)
-        from funasr import AutoModel
-
-        self.auto = AutoModel(
-            model=str(folder),
-            device="cpu",
-            ncpu=torch.get_num_threads(),
-            disable_update=True,
-            disable_pbar=True,
-            log_level="ERROR",
-        )
+        self.auto = auto_model(folder)
         self.model = self.auto.model
 
     def network(self, feats: torch.Tensor, lengths: torch.Tensor) -> list[list[int]]:

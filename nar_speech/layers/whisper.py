@@ -87,17 +87,19 @@ class WhisperAttention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); ``keys`` (B, 1, 1, T) bool is true where attention may look, None: all."""
-        if self.merged is None:
-            projected = self.query(x), self.key(x), self.value(x)
-        else:
-            projected = self.merged(x).chunk(3, dim=-1)
         context = dot_product_attention(
-            *(split_heads(part, self.heads) for part in projected),
+            *(split_heads(part, self.heads) for part in self.project(x)),
             mask=keys,
             dropout=self.dropout if self.training else 0.0,
             coarse=self.coarse,
         )
         return self.out(merge_heads(context))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (..., D) of (..., D)."""
+        if self.merged is None:
+            return self.query(x), self.key(x), self.value(x)
+        return self.merged(x).chunk(3, dim=-1)
 
     def merge_projections(self) -> None:
         """Make one product of the three projections of the input, for inference."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.layers.packed import linear_gelu, merge_linears
 from nar_speech.layers.sanm import make_keys, merge_heads, split_heads
+from nar_speech.layers.whisper import WhisperAttention
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,20 @@ class DecoderState:
         )
 
 
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    """Queries (B, U, D) on keys and values (B, H, T, D / H) -> (B, U, D), before the output's projection.
+
+    ``mask`` (B, 1, U or 1, T) bool is true where attention may look; None: everywhere.
+    """
+    query = split_heads(query, keys.shape[1])
+    return merge_heads(F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal))
+
+
 class WhisperCrossAttention(nn.Module):
     """Multi-head attention of queries on keys and values that are projected apart; the keys have no bias."""
 
-    def __init__(self, size: int, heads: int):
+    def __init__(self, size: int):
         super().__init__()
-        self.size, self.heads = size, heads
         self.merged: nn.Module | None = None
         self.query = nn.Linear(size, size)
         self.key = nn.Linear(size, size, bias=False)
@@ -122,39 +131,11 @@ class WhisperCrossAttention(nn.Module):
             return self.key(source), self.value(source)
         return self.merged(source).chunk(2, dim=-1)
 
-    def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False
-    ) -> Tensor:
-        """Queries (B, U, D) on keys and values (B, H, T, D / H) -> (B, U, D), before the output's projection.
-
-        ``mask`` (B, 1, U or 1, T) bool is true where attention may look; None: everywhere.
-        """
-        query = split_heads(query, self.heads)
-        return merge_heads(
-            F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal)
-        )
-
     def merge_projections(self) -> None:
         """Make one product of the two projections of the audio, for inference."""
         if self.merged is None:
             self.merged = merge_linears([self.key, self.value])
             del self.key, self.value
-
-
-class WhisperSelfAttention(WhisperCrossAttention):
-    """Multi-head attention of tokens on tokens."""
-
-    def project_all(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (..., D) of (..., D)."""
-        if self.merged is None:
-            return self.query(source), self.key(source), self.value(source)
-        return self.merged(source).chunk(3, dim=-1)
-
-    def merge_projections(self) -> None:
-        """Make one product of the three projections of the tokens, for inference."""
-        if self.merged is None:
-            self.merged = merge_linears([self.query, self.key, self.value])
-            del self.query, self.key, self.value
 
 
 class WhisperDecoderBlock(nn.Module):
@@ -164,16 +145,16 @@ class WhisperDecoderBlock(nn.Module):
         super().__init__()
         size = config.size
         self.dropout = config.dropout
-        self.attn = WhisperSelfAttention(size, config.heads)
+        self.attn = WhisperAttention(size, config.heads)
         self.attn_ln = nn.LayerNorm(size)
-        self.cross_attn = WhisperCrossAttention(size, config.heads)
+        self.cross_attn = WhisperCrossAttention(size)
         self.cross_attn_ln = nn.LayerNorm(size)
         self.mlp = nn.Sequential(
             nn.Linear(size, config.linear_units), nn.GELU(), nn.Linear(config.linear_units, size)
         )
         self.mlp_ln = nn.LayerNorm(size)
 
-    def add(self, x: Tensor, attention: WhisperCrossAttention, context: Tensor) -> Tensor:
+    def add(self, x: Tensor, attention: nn.Module, context: Tensor) -> Tensor:
         """x with the output of an attention."""
         return x + F.dropout(attention.out(context), self.dropout, self.training)
 
@@ -217,14 +198,12 @@ class WhisperDecoder(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         heads = self.config.heads
         for block in self.blocks:
-            query, *pair = block.attn.project_all(block.attn_ln(x))
-            context = block.attn.attend(
-                query, *(split_heads(part, heads) for part in pair), None, causal=True
-            )
+            query, *pair = block.attn.project(block.attn_ln(x))
+            context = attend(query, *(split_heads(part, heads) for part in pair), None, causal=True)
             x = block.add(x, block.attn, context)
             query = block.cross_attn.query(block.cross_attn_ln(x))
             pair = [split_heads(part, heads) for part in block.cross_attn.project(memory)]
-            x = block.add(x, block.cross_attn, block.cross_attn.attend(query, *pair, mask))
+            x = block.add(x, block.cross_attn, attend(query, *pair, mask))
             x = block.feed_forward(x)
         return self.logits(x)
 
@@ -291,16 +270,16 @@ class WhisperDecoder(nn.Module):
         x = x + self.positional_embedding[rows.pack(places)]
         index = places[:, None, :, None].expand(-1, self.config.heads, -1, state.keys[0].shape[-1])
         for number, block in enumerate(self.blocks):
-            query, *pair = block.attn.project_all(block.attn_ln(x))
+            query, *pair = block.attn.project(block.attn_ln(x))
             buffers = state.keys[number], state.values[number]
             for buffer, part in zip(buffers, pair, strict=True):
                 buffer.scatter_(2, index, split_heads(rows.unpack(part), self.config.heads))
             keys, values = (buffer[:, :, :needed] for buffer in buffers)
-            context = block.attn.attend(rows.unpack(query), keys, values, mask)
+            context = attend(rows.unpack(query), keys, values, mask)
             x = block.add(x, block.attn, rows.pack(context))
             query = rows.unpack(block.cross_attn.query(block.cross_attn_ln(x)))
             memory = state.memory_keys[number], state.memory_values[number], state.memory_mask
-            x = block.add(x, block.cross_attn, rows.pack(block.cross_attn.attend(query, *memory)))
+            x = block.add(x, block.cross_attn, rows.pack(attend(query, *memory)))
             x = block.feed_forward(x)
         return rows.unpack(self.logits(x)), replace(state, lengths=state.lengths + counts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nar_speech.data.augment import AugmentConfig
 from nar_speech.data.batch import Batch
-from nar_speech.data.loader import DataConfig, EvalData, open_many, text_of
+from nar_speech.data.loader import DataConfig, EvalData, TrainData, open_many, text_of
+from nar_speech.data.specaug import SpecAugmentConfig
 from nar_speech.errors import ConfigError
 from nar_speech.features import Frontend, FrontendConfig, build_frontend
 from nar_speech.metrics import ErrorCounts, char_errors, word_errors
+from nar_speech.model_folder import DecodingConfig
 from nar_speech.text.tokenizer import (
     BpeTokenizer,
     CharTokenizer,
@@ -26,7 +29,10 @@ from nar_speech.text.tokenizer import (
     train_bpe,
 )
 from nar_speech.train.distributed import World, barrier, gather_lists, say
+from nar_speech.train.loop import TrainConfig
+from nar_speech.train.recipe import InitSection
 from nar_speech.train.saver import write_atomic
+from nar_speech.types import ModelCard
 
 Evaluate = Callable[
     [nn.Module, Tensor, Tensor, Batch], tuple[Mapping[str, Tensor], Mapping[str, Sequence[Sequence[int]]]]
@@ -50,6 +56,35 @@ class TokenizerSection:
     vocab_size: int = 500
     case: Literal["keep", "lower", "upper"] = "lower"
     texts: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecognitionRecipe:
+    """Settings of every recogniser's recipe; ``network`` takes its sizes from frontend and tokenizer."""
+
+    train: TrainConfig
+    data: DataConfig
+    card: ModelCard
+    frontend: FrontendConfig = field(default_factory=FrontendConfig)
+    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
+    network: dict[str, Any] = field(default_factory=dict)
+    init: InitSection = field(default_factory=InitSection)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    specaug: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    unit: Literal["wer", "cer"] = "wer"
+
+
+def make_data(
+    config: RecognitionRecipe, encode: Callable[[str], list[int]], world: World
+) -> tuple[TrainData, EvalData]:
+    """Training and development batches of this process."""
+    group = world.size * config.train.accumulation
+    place = config.train.seed, world.rank, world.size, group
+    return (
+        TrainData(config.data, encode, config.augment, *place),
+        EvalData(config.data, encode, world.rank, world.size),
+    )
 
 
 def make_tokenizer(

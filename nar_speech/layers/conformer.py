@@ -10,15 +10,26 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nar_speech.config import MAX_BLOCKS, MAX_WIDTH, check_range
 from nar_speech.errors import ConfigError
 from nar_speech.layers.attention import Attention, PositionBiasAttention
+from nar_speech.layers.chunks import (
+    Chunking,
+    chunk_mask,
+    drop,
+    forget,
+    join,
+    position_codes,
+    row_flags,
+)
 from nar_speech.layers.conv import ConvolutionModule
 from nar_speech.layers.intermediate import Tap
 from nar_speech.layers.position import interleaved_sinusoid, valid_mask
 from nar_speech.layers.subsampling import build_input_layer
+
+STREAM_CHUNK, STREAM_LEFT_CHUNKS = 16, 4  # where neither the configuration nor the caller says
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "swish": nn.SiLU,
@@ -76,6 +87,27 @@ class ConformerEncoderConfig:
         check_range(self, 0, 1, "dropout_rate", "positional_dropout_rate", "attention_dropout_rate")
         check_range(self, 0, 1, "norm_eps", "conv_norm_eps")
         check_range(self, 0, MAX_WIDTH, "static_chunk_size")
+
+
+@dataclass(frozen=True)
+class ConformerState:
+    """What a stream carries from one step to the next; see :meth:`ConformerEncoder.step`.
+
+    Attributes:
+        frames: (B, S, F) features that wait for more, left aligned; S = receptive field - 1.
+        num_frames: (B,) int64, how many of them there are.
+        offset: (B,) int64, output frames so far.
+        count: (B,) int64, valid entries of the attention caches, at their right.
+        attention: for each layer (B, L, 2 or 3 D) keys, projected positions and values.
+        convolution: for each layer (B, kernel - 1, D) the last inputs of its convolution module.
+    """
+
+    frames: Tensor
+    num_frames: Tensor
+    offset: Tensor
+    count: Tensor
+    attention: tuple[Tensor, ...]
+    convolution: tuple[Tensor, ...]
 
 
 class GlobalCMVN(nn.Module):
@@ -180,6 +212,44 @@ class ConformerLayer(nn.Module):
         x = self._residual(x, self.norm_ff, self.feed_forward, self.ff_scale)
         return x if self.conv_module is None else self.norm_final(x)
 
+    def step(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        positions: Tensor | None,
+        valid: Tensor,
+        count: Tensor,
+        attention: Tensor,
+        convolution: Tensor,
+        grow: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One layer over the next frames ``x`` (B, U, D) of streams, ``count`` (B,) of them valid.
+
+        Args:
+            mask: (B, 1, L + U) bool. positions: (B, U, D) codes. valid: (B, U) bool.
+            attention, convolution, grow: see :class:`ConformerState` and :meth:`ConformerEncoder.step`.
+
+        Returns:
+            (B, U, D) and the layer's next two caches.
+        """
+        caches = [attention, convolution]
+
+        def attend(y: Tensor) -> Tensor:
+            y, caches[0] = self.self_attn.step(y, attention, count, mask, positions, grow)
+            return y
+
+        def convolve(y: Tensor) -> Tensor:
+            y, caches[1] = self.conv_module.step(y, valid, convolution, count)
+            return y
+
+        if self.feed_forward_macaron is not None:
+            x = self._residual(x, self.norm_ff_macaron, self.feed_forward_macaron, self.ff_scale)
+        x = self._residual(x, self.norm_mha, attend)
+        if self.conv_module is not None:
+            x = self._residual(x, self.norm_conv, convolve)
+        x = self._residual(x, self.norm_ff, self.feed_forward, self.ff_scale)
+        return (x if self.conv_module is None else self.norm_final(x)), caches[0], caches[1]
+
     def _residual(self, x: torch.Tensor, norm: nn.Module, part, scale: float = 1.0) -> torch.Tensor:
         if self.normalize_before:
             return x + scale * self.dropout(part(norm(x)))
@@ -229,6 +299,7 @@ class ConformerEncoder(nn.Module):
         left_chunks: int = -1,
         tap: Tap | None = None,
         official_padding: bool = False,
+        first_chunk: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode features.
 
@@ -240,6 +311,7 @@ class ConformerEncoder(nn.Module):
             left_chunks: whole chunks a chunk sees before itself; negative: all.
             tap: called after some layers, for intermediate predictions.
             official_padding: repeat WeNet's leak of padding into non-causal convolutions.
+            first_chunk: output frames of the first chunk where it is shorter than ``chunk_size``.
 
         Returns:
             ((B, T', D) with zeros in padded frames, lengths (B,)).
@@ -256,12 +328,129 @@ class ConformerEncoder(nn.Module):
         if chunk_size is None:
             chunk_size, left_chunks = self._policy(frames, left_chunks)
         if 0 < chunk_size < frames:
-            mask = mask & chunk_mask(frames, chunk_size, left_chunks, x.device)
+            mask = mask & chunk_mask(frames, chunk_size, left_chunks, x.device, first_chunk)
         for number, layer in enumerate(self.encoders, start=1):
             x = layer(x, mask, positions, valid, official_padding)
             if tap is not None and number in tap.layers:
                 x = tap.function(x, self._finish(x))
         return self._finish(x).masked_fill(~valid.unsqueeze(2), 0.0), lengths
+
+    def chunking(self, chunk_size: int | None = None, left: int | None = None) -> Chunking:
+        """How to feed streams in chunks of ``chunk_size`` output frames that see ``left`` frames before them.
+
+        Default: the configuration's ``static_chunk_size``, else 16, and four chunks back. Whole chunks as
+        ``left`` give what :meth:`forward` gives under the mask of as many ``left_chunks``; negative: all.
+        """
+        chunk_size = chunk_size or self.config.static_chunk_size or STREAM_CHUNK
+        left = STREAM_LEFT_CHUNKS * chunk_size if left is None else left
+        later = chunk_size * self.frame_stride
+        return Chunking(later - self.frame_stride + self.embed.receptive_field, later, chunk_size, left)
+
+    def init_state(
+        self,
+        batch: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        chunking: Chunking | None = None,
+    ) -> ConformerState:
+        """The state of ``batch`` streams that have not begun; device and dtype are by default the weights'.
+
+        Raises:
+            ConfigError: convolutions that look ahead.
+        """
+        if self.config.use_cnn_module and not self.config.causal:
+            raise ConfigError("causal: false; only an encoder with causal convolutions can take a stream")
+        chunking = chunking or self.chunking()
+        weight = self.after_norm.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(batch, *shape, dtype=dtype, device=device)
+
+        context = self.config.cnn_module_kernel - 1 if self.config.use_cnn_module else 0
+        return ConformerState(
+            frames=zeros(self.embed.receptive_field - 1, self.input_size, dtype=dtype),
+            num_frames=zeros(),
+            offset=zeros(),
+            count=zeros(),
+            attention=tuple(
+                zeros(chunking.cached, layer.self_attn.cache_width, dtype=dtype) for layer in self.encoders
+            ),
+            convolution=tuple(zeros(context, self.output_size, dtype=dtype) for _ in self.encoders),
+        )
+
+    def step(
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        state: ConformerState,
+        final: bool | Tensor = False,
+        grow: bool = False,
+        tap: Tap | None = None,
+    ) -> tuple[Tensor, Tensor, ConformerState]:
+        """Encode the next chunk of every stream.
+
+        Fed as :meth:`chunking` says, a stream gets what :meth:`forward` gives under the chunk mask. Rows are
+        independent and may be at any place of their stream; shapes depend on those of the arguments only.
+
+        Args:
+            x: (B, C, F) features with room for ``C // frame_stride`` output frames.
+            lengths: (B,) int64 new frames of each row: ``first`` in its first step, ``later`` in others, 0 to
+                as many where ``final``; 0 leaves a row that is not final as it is. A shorter first step makes
+                the first chunk shorter.
+            state: from :meth:`init_state` or the step before.
+            final: whether the stream ends here, one flag or (B,) bool; its state is then that of a new one.
+            grow: for an unlimited look-back: keep every frame. The caches get longer at each step, so this
+                is for single streams and not for captured graphs.
+            tap: as in :meth:`forward`.
+
+        Returns:
+            ((B, U, D) with zeros beyond the lengths, lengths (B,), the next state).
+        """
+        batch, frames = x.shape[0], max(x.shape[1] // self.frame_stride, 1)
+        final = row_flags(final, batch, x.device)
+        if self.global_cmvn is not None:
+            x = self.global_cmvn(x)
+        field = self.embed.receptive_field
+        size = frames * self.frame_stride + field - 1
+        window, filled = join(state.frames, state.num_frames, x.to(state.frames.dtype), lengths, size)
+        x, count = self.embed(window, filled)
+        count = count.clamp(max=frames)
+        left, left_over = drop(window, filled, count * self.frame_stride, field - 1)
+
+        index = torch.arange(frames, device=x.device)
+        valid = index < count.unsqueeze(1)
+        x, positions = self._step_positions(x, state.offset.unsqueeze(1) + index)
+        cached = state.attention[0].shape[1]
+        old = torch.arange(cached, device=x.device) >= cached - state.count.unsqueeze(1)
+        mask = torch.cat([old, valid], dim=1).unsqueeze(1)
+        attention, convolution = [], []
+        for number, layer in enumerate(self.encoders, start=1):
+            caches = state.attention[number - 1], state.convolution[number - 1]
+            x, keys, inputs = layer.step(x, mask, positions, valid, count, *caches, grow)
+            attention.append(keys)
+            convolution.append(inputs)
+            if tap is not None and number in tap.layers:
+                x = tap.function(x, self._finish(x))
+        x = self._finish(x).masked_fill(~valid.unsqueeze(2), 0.0)
+        left, left_over, offset, seen = forget(
+            final,
+            left,
+            left_over,
+            state.offset + count,
+            (state.count + count).clamp(max=attention[0].shape[1]),
+        )
+        kept = forget(final, *attention), forget(final, *convolution)
+        return x, count, ConformerState(left, left_over, offset, seen, *kept)
+
+    def _step_positions(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale (B, U, D) as :meth:`forward` does; codes (B, U, D) of frames ``position`` (B, U)."""
+        kind = self.config.pos_enc_layer_type
+        if kind == "no_pos":
+            return x, torch.zeros_like(x)
+        x = x * math.sqrt(self.output_size)
+        code = position_codes(position, self.output_size).to(x.dtype)
+        return (x + code if kind == "abs_pos" else x), code
 
     def _finish(self, x: torch.Tensor) -> torch.Tensor:
         return self.after_norm(x) if self.config.normalize_before and self.config.final_norm else x
@@ -296,11 +485,3 @@ def chunk_from_draw(draw: int, frames: int, max_chunk: int = 25) -> int:
     More than half of the frames means full context, else the chunk is ``draw % max_chunk + 1``.
     """
     return frames if draw > frames // 2 else draw % max_chunk + 1
-
-
-def chunk_mask(frames: int, chunk_size: int, left_chunks: int, device: torch.device) -> torch.Tensor:
-    """(T, T) bool: frame i (row) sees its own chunk and ``left_chunks`` before it (negative: all)."""
-    chunk = torch.arange(frames, device=device) // chunk_size
-    back = chunk.unsqueeze(1) - chunk.unsqueeze(0)
-    mask = back >= 0
-    return mask if left_chunks < 0 else mask & (back <= left_chunks)

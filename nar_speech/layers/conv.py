@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.functional import glu, pad
 
 from nar_speech.errors import ConfigError
+from nar_speech.layers.chunks import last
 
 
 class ConvolutionModule(nn.Module):
@@ -80,3 +81,18 @@ class ConvolutionModule(nn.Module):
             x = self.norm(x)
         x = self.pointwise_conv2(self.activation(x))
         return x.masked_fill(~keep, 0.0).transpose(1, 2)
+
+    def step(
+        self, x: torch.Tensor, valid: torch.Tensor, left: torch.Tensor, num_new: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next frames ``x`` (B, U, D) of streams, ``num_new`` (B,) of them valid; causal modules only.
+
+        Args:
+            valid: (B, U) bool.
+            left: (B, kernel - 1, D) the inputs before them.
+
+        Returns:
+            (B, U, D); the inputs to keep for the next step.
+        """
+        window = torch.cat([left, x], dim=1)
+        return self(x, valid, left), last(window, num_new, x.shape[1], left.shape[1])

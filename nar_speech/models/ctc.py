@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from nar_speech import config as typed
 from nar_speech.config import MAX_VOCABULARY, MAX_WIDTH, check_range
 from nar_speech.errors import ConfigError
+from nar_speech.layers.chunks import Chunking
 from nar_speech.layers.encoder import build_encoder
 from nar_speech.layers.intermediate import Tap
 from nar_speech.losses.ctc import ctc_loss, interctc_loss
@@ -169,18 +171,76 @@ class CtcModel(nn.Module):
             lengths: (B,) int64 valid frames.
             options: of the encoder, for example ``chunk_size`` and ``left_chunks`` of a conformer.
         """
-        intermediate: list[Tensor] = []
-        if self.config.interctc_layers:
-
-            def observe(x: Tensor, normed: Tensor) -> Tensor:
-                intermediate.append(self.ctc(normed))
-                if self.config.self_conditioning:
-                    x = x + self.conditioning_layer(intermediate[-1].exp().to(x.dtype))
-                return x
-
-            options["tap"] = Tap(self.config.interctc_layers, observe)
+        tap, intermediate = self._tap()
+        if tap is not None:
+            options["tap"] = tap
         encoded, lengths = self.encoder(feats, lengths, **options)
         return CtcOutput(self.ctc(encoded), lengths, encoded, tuple(intermediate))
+
+    def _tap(self) -> tuple[Tap | None, list[Tensor]]:
+        """What the encoder calls on its way for intermediate predictions, and the list they will be in."""
+        intermediate: list[Tensor] = []
+        if not self.config.interctc_layers:
+            return None, intermediate
+
+        def observe(x: Tensor, normed: Tensor) -> Tensor:
+            intermediate.append(self.ctc(normed))
+            if self.config.self_conditioning:
+                x = x + self.conditioning_layer(intermediate[-1].exp().to(x.dtype))
+            return x
+
+        return Tap(self.config.interctc_layers, observe), intermediate
+
+    def chunking(self, chunk_size: int | None = None, left: int | None = None) -> Chunking:
+        """How streams are fed: chunks of ``chunk_size`` output frames that see ``left`` frames before them.
+
+        Raises:
+            ConfigError: sizes the encoder does not take, or an encoder that takes no streams.
+        """
+        self._check_streaming()
+        return self.encoder.chunking(chunk_size, left)
+
+    def init_state(
+        self,
+        batch: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        chunking: Chunking | None = None,
+    ) -> Any:
+        """The encoder's state of ``batch`` streams that have not begun, a dataclass of tensors (batch first).
+
+        Raises:
+            ConfigError: an encoder that takes no streams.
+        """
+        self._check_streaming()
+        return self.encoder.init_state(batch, device, dtype, chunking)
+
+    def step(
+        self, feats: Tensor, lengths: Tensor, state: Any, final: bool | Tensor = False, **options: Any
+    ) -> tuple[CtcOutput, Any]:
+        """Log probabilities of the next chunk of every stream.
+
+        Args:
+            feats: (B, C, F) features; how many a step takes says :meth:`chunking`.
+            lengths: (B,) int64 new frames.
+            state: from :meth:`init_state` or the step before.
+            final: whether the stream ends here, one flag or (B,) bool.
+            options: of the encoder's ``step``.
+
+        Returns:
+            the output, (B, U, V) with U fixed by C, and the next state.
+        """
+        tap, intermediate = self._tap()
+        if tap is not None:
+            options["tap"] = tap
+        encoded, lengths, state = self.encoder.step(feats, lengths, state, final, **options)
+        return CtcOutput(self.ctc(encoded), lengths, encoded, tuple(intermediate)), state
+
+    def _check_streaming(self) -> None:
+        if not hasattr(self.encoder, "step"):
+            raise ConfigError(
+                f"encoder: '{self.config.encoder}' takes no streams; use a causal conformer or fastconformer"
+            )
 
     def decode_tokens(
         self, encoder_out: Tensor, encoder_lengths: Tensor, tokens: Tensor, token_lengths: Tensor

@@ -1,9 +1,10 @@
-"""Golden handlers of the system 'ctc': alignment and loss, prefix beam search, WeNet's encoder offline."""
+"""Golden handlers of the system 'ctc': alignment and loss, prefix beam search, WeNet's encoder."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -196,7 +197,7 @@ def wenet_model(case: Case) -> CtcModel:
 
 @torch.no_grad()
 def wenet_encoder(case: Case) -> Iterator[Check]:
-    """Full and chunk-masked encoder, CTC, searches, rescoring, training loss; no streams yet."""
+    """Full and chunk-masked encoder, streams, CTC, searches, rescoring, training loss."""
     io, model = case.io, wenet_model(case)
     feats, feat_lengths = io["feats"], io["feat_lens"]
     # The bias of a non-causal convolution leaks from WeNet's padding: the recorded batch needs its way.
@@ -215,6 +216,10 @@ def wenet_encoder(case: Case) -> Iterator[Check]:
             got, _ = model.encode(feats, feat_lengths, **chunks, **official)
             yield case.close(name, got[valid], io[name][valid])
     yield from _alone(case, model)
+    for name in io:
+        setting = re.fullmatch(r"stream_left(-?\d+)_out", name)
+        if setting:
+            yield from _wenet_stream(case, model, int(setting[1]))
     if "greedy" in io:
         hypotheses = greedy(out.log_probs, out.lengths, model.config.blank)
         yield case.close("greedy", padded([h.tokens for h in hypotheses], io["greedy"].shape[1]))
@@ -237,6 +242,40 @@ def wenet_encoder(case: Case) -> Iterator[Check]:
         for name in ("loss", "loss_ctc", "loss_att"):
             if name in io:
                 yield case.close(name, got[name])
+
+
+def _wenet_stream(case: Case, model: CtcModel, left_chunks: int) -> Iterator[Check]:
+    """The whole batch in steps: the recorded row and its caches, every row against the masked encoder."""
+    io, encoder = case.io, model.encoder
+    feats, lengths, row = io["feats"], io["feat_lens"], int(io["stream_index"])
+    size = case.meta["chunk_size"]
+    chunking = encoder.chunking(size, left_chunks * size)
+    ends = [0, *io["stream_starts_len"][:, 1].tolist()]
+    grow = left_chunks < 0
+    state, parts = model.init_state(len(feats), chunking=chunking), []
+    name = f"stream_left{left_chunks}"
+    for number, (begin, end) in enumerate(pairwise(ends)):
+        new = (lengths - begin).clamp(0, end - begin)
+        x = torch.nn.functional.pad(feats[:, begin:end], (0, 0, 0, chunking.width - (end - begin)))
+        before = state
+        out, state = model.step(x, new, before, end == ends[-1], grow=grow)
+        parts.append([out.encoder_out[i, :n] for i, n in enumerate(out.lengths.tolist())])
+        if f"{name}_chunk{number}_att_cache" in io:
+            # A stream that ends forgets its caches: look at them as if it went on.
+            kept = model.step(x, new, before, False, grow=grow)[1]
+            count = int(kept.count[row])
+            split = torch.stack([cache[row] for cache in kept.attention])
+            split = split[:, split.shape[1] - count :].unflatten(-1, (encoder.config.attention_heads, -1))
+            d_k = encoder.output_size // encoder.config.attention_heads
+            got = torch.cat([split[..., :d_k], split[..., -d_k:]], -1).transpose(1, 2)
+            yield case.close(f"{name}_chunk{number}_att_cache", got)
+            got = torch.stack([cache[row].T for cache in kept.convolution]).unsqueeze(1)
+            yield case.close(f"{name}_chunk{number}_cnn_cache", got)
+    streams = [torch.cat(row_parts) for row_parts in zip(*parts, strict=True)]
+    yield case.close(f"{name}_out", streams[row][None])
+    masked, out_lengths = encoder(feats, lengths, chunk_size=size, left_chunks=left_chunks)
+    for i, stream in enumerate(streams):
+        yield case.close(f"{name} item {i} masked", stream, masked[i, : out_lengths[i]])
 
 
 def _alone(case: Case, model: CtcModel) -> Iterator[Check]:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import nar_speech
 from nar_speech.errors import AudioError, ConfigError, InputError, ManifestError, NarSpeechError
 from nar_speech.model_folder import SegmentConfig
+from nar_speech.pipelines import plot, writers
 from nar_speech.pipelines import segment as segments
-from nar_speech.pipelines import writers
 from nar_speech.pipelines.evaluate import evaluate, read_manifest, report_lines
 from nar_speech.pipelines.plot import plot_recognition
 from nar_speech.pipelines.recognize import tidy
@@ -573,6 +573,19 @@ def test_manifests_that_are_no_use(models, tmp_path):
     path.write_text('{"path": "gone.wav", "text": "x"}')
     with pytest.raises(ManifestError, match=r"no utterance could be scored.*gone\.wav"):
         evaluate(models["ctc"], path)
+
+
+def test_fonts_of_plots(monkeypatch, caplog):
+    from types import SimpleNamespace
+
+    from matplotlib.font_manager import fontManager
+
+    assert plot._fonts("caf\u00e9 \u00fcber") == ["DejaVu Sans"]
+    monkeypatch.setattr(fontManager, "ttflist", [SimpleNamespace(name="SimHei"), SimpleNamespace(name="X")])
+    assert plot._fonts("\u4f60\u597d") == ["DejaVu Sans", "SimHei"]
+    monkeypatch.setattr(fontManager, "ttflist", [])
+    assert plot._fonts("\u4f60\u597d") == ["DejaVu Sans"]
+    assert "fonts-noto-cjk" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["paraformer", "ctc"])

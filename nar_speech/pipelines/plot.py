@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,24 @@ from nar_speech.types import Token
 if TYPE_CHECKING:
     from nar_speech.pipelines.transcribe import Transcriber
 
+logger = logging.getLogger(__name__)
 PLOT_SECONDS = 20.0
 INCHES_PER_SECOND = 1.5
 POSTERIOR_CURVES = 12
+FIRST_EAST_ASIAN = 0x2E7F  # what DejaVu Sans lacks begins behind this character
+EAST_ASIAN_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans SC",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "Microsoft YaHei",
+    "SimHei",
+    "Arial Unicode MS",
+)
 
 
 def plot_recognition(transcriber: Transcriber, source: AudioSource, path: str | Path, **options: Any) -> None:
@@ -31,6 +47,7 @@ def plot_recognition(transcriber: Transcriber, source: AudioSource, path: str | 
     Raises:
         InputError: the picture can't be written.
     """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -39,23 +56,42 @@ def plot_recognition(transcriber: Transcriber, source: AudioSource, path: str | 
     decoding = transcriber.decoding_for(options)
     analysis = transcriber.recognizer.analyse(audio.samples, decoding)
     tokens = [token for segment in transcript.segments for token in segment.tokens]
-    figure = Figure(figsize=(min(max(audio.duration * INCHES_PER_SECOND, 8), 32), 6), layout="constrained")
-    FigureCanvasAgg(figure)  # no window and no global state, unlike pyplot
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    _draw_features(upper, analysis, audio.duration)
-    _draw_output(lower, analysis, tokens, transcriber.recognizer.tokenizer.pieces)
-    for axis, top in ((upper, True), (lower, False)):
-        _draw_tokens(axis, tokens, names=top)
-    upper.set_title(_plain(transcript.text[:160]), fontsize=9, pad=18)
-    lower.set_xlabel("seconds")
-    lower.set_xlim(0, audio.duration)
-    try:
-        figure.savefig(path, dpi=100)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{path}: can't write the picture: {reason}; use a .png file in a folder that exists"
-        ) from error
+    with rc_context({"font.family": _fonts(transcript.text)}):
+        size = min(max(audio.duration * INCHES_PER_SECOND, 8), 32), 6
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)  # no window and no global state, unlike pyplot
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        _draw_features(upper, analysis, audio.duration)
+        _draw_output(lower, analysis, tokens, transcriber.recognizer.tokenizer.pieces)
+        for axis, top in ((upper, True), (lower, False)):
+            _draw_tokens(axis, tokens, names=top)
+        upper.set_title(_plain(transcript.text[:160]), fontsize=9, pad=18)
+        lower.set_xlabel("seconds")
+        lower.set_xlim(0, audio.duration)
+        try:
+            figure.savefig(path, dpi=100)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{path}: can't write the picture: {reason}; use a .png file in a folder that exists"
+            ) from error
+
+
+def _fonts(text: str) -> list[str]:
+    """matplotlib's default font and, for East Asian text, the first installed font that has its glyphs."""
+    default = ["DejaVu Sans"]
+    if not any(ord(character) > FIRST_EAST_ASIAN for character in text):
+        return default
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    found = next((name for name in EAST_ASIAN_FONTS if name in installed), None)
+    if found is None:
+        logger.warning(
+            "the picture shows boxes for East Asian characters: no font has them; install fonts-noto-cjk"
+        )
+        return default
+    return [*default, found]
 
 
 def _draw_features(axis: Any, analysis: Analysis, duration: float) -> None:

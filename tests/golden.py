@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.golden_kinds import ctc, paraformer
+from tests.golden_kinds import ctc, fastconformer, paraformer
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ Handler = Callable[[Case], Iterator[Check]]
 HANDLERS: dict[tuple[str, str], Handler] = {
     **{("paraformer", kind): handler for kind, handler in paraformer.HANDLERS.items()},
     **{("ctc", kind): handler for kind, handler in ctc.HANDLERS.items()},
+    **{("ctc", kind): handler for kind, handler in fastconformer.HANDLERS.items()},
 }
 
 

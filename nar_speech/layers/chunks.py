@@ -20,8 +20,8 @@ class Chunking:
     """How an encoder is fed in steps.
 
     Attributes:
-        first: input frames of a stream's first step, unless it is its last one too.
-        later: input frames of every other step but the last one, which brings 0 to this many.
+        first: input frames of a stream's first step; fewer only if it is the last one too.
+        later: input frames of every other step; fewer, 0 perhaps, only in the last one.
         frames: output frames of a step.
         left: output frames before a chunk that it sees; negative: all.
     """

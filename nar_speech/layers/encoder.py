@@ -10,11 +10,13 @@ from torch import nn
 from nar_speech import config
 from nar_speech.errors import ConfigError
 from nar_speech.layers.conformer import ConformerEncoder, ConformerEncoderConfig
+from nar_speech.layers.fastconformer import FastConformerConfig, FastConformerEncoder
 from nar_speech.layers.sanm import SANMEncoder, SANMEncoderConfig
 from nar_speech.layers.whisper import WhisperEncoder, WhisperEncoderConfig
 
 ENCODERS: dict[str, tuple[type[nn.Module], type]] = {
     "conformer": (ConformerEncoder, ConformerEncoderConfig),
+    "fastconformer": (FastConformerEncoder, FastConformerConfig),
     "sanm": (SANMEncoder, SANMEncoderConfig),
     "whisper": (WhisperEncoder, WhisperEncoderConfig),
 }

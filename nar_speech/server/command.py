@@ -1,0 +1,168 @@
+"""``nar-speech serve`` on the command line. Imported for ``--help`` too, so nothing heavy comes in here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from typing import Any
+
+from nar_speech.errors import ConfigError, MissingExtraError
+from nar_speech.server.auth import KEYS_VARIABLE, Limits
+from nar_speech.server.settings import ModelSpec, Settings
+
+NEEDED = ("fastapi", "uvicorn", "websockets", "multipart", "prometheus_client")
+MIB = 1 << 20
+# Options that are called as the field of Settings.
+# fmt: off
+SAME_NAME = (
+    "host", "port", "funasr_port", "wyoming_port", "device", "dtype", "max_streams", "max_uploads",
+    "waiting_uploads", "max_upload_seconds", "max_stream_seconds", "idle_seconds", "stall_seconds",
+    "drain_seconds", "api_keys", "open_ports", "ssl_certfile", "ssl_keyfile", "log_format", "log_level",
+    "log_text",
+)
+# fmt: on
+
+
+def describe_serve(parser: argparse.ArgumentParser) -> None:
+    """The options of ``serve``."""
+    default = Settings()
+    models = parser.add_argument_group("models")
+    models.add_argument(
+        "--model",
+        action="append",
+        metavar="[ID=]NAME[+NAME]",
+        help="name, folder or hub id; an offline and a streaming model joined by + are one (repeatable;"
+        " default: the embedded models)",
+    )
+    models.add_argument(
+        "--alias", action="append", default=[], metavar="NAME=ID", help="another name of a model (repeatable)"
+    )
+    models.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    models.add_argument(
+        "--dtype", default="float32", choices=("auto", "float32", "fp32", "bfloat16", "bf16", "int8")
+    )
+    models.add_argument("--threads", type=int, metavar="N", help="CPU threads of PyTorch")
+
+    ports = parser.add_argument_group("ports")
+    ports.add_argument("--host", default=default.host, help="(default: %(default)s; 0.0.0.0: all)")
+    ports.add_argument("--port", type=int, default=default.port, help="of everything else (%(default)s)")
+    ports.add_argument("--funasr-port", type=int, metavar="PORT", help="FunASR's WebSocket (usually 10095)")
+    ports.add_argument("--wyoming-port", type=int, metavar="PORT", help="Home Assistant (usually 10300)")
+
+    access = parser.add_argument_group("access")
+    access.add_argument(
+        "--api-keys",
+        metavar="FILE",
+        help=f"a key a line: KEY [name=] [streams=] [requests=] [minutes=]; also ${KEYS_VARIABLE}=A,B",
+    )
+    access.add_argument("--limit-streams", type=int, metavar="N", help="of each key: live streams at once")
+    access.add_argument("--limit-requests", type=float, metavar="N", help="of each key: requests a minute")
+    access.add_argument("--limit-minutes", type=float, metavar="N", help="of each key: minutes a day")
+    access.add_argument(
+        "--open-ports", action="store_true", help="FunASR's and Wyoming's ports ask for no key"
+    )
+    access.add_argument("--ssl-certfile", metavar="FILE")
+    access.add_argument("--ssl-keyfile", metavar="FILE")
+    access.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="web pages that may use it",
+    )
+
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max-streams", type=int, default=default.max_streams, metavar="N", help="(%(default)s)"
+    )
+    limits.add_argument(
+        "--max-uploads",
+        type=int,
+        default=default.max_uploads,
+        metavar="N",
+        help="files at once (%(default)s)",
+    )
+    limits.add_argument(
+        "--waiting-uploads", type=int, default=default.waiting_uploads, metavar="N", help="(%(default)s)"
+    )
+    limits.add_argument(
+        "--max-upload-mb",
+        type=float,
+        default=default.max_upload_bytes / MIB,
+        metavar="N",
+        help="(%(default)g)",
+    )
+    for name, text in (
+        ("max-upload-seconds", "audio of one file"),
+        ("max-stream-seconds", "audio of one live stream"),
+        ("idle-seconds", "a stream without audio is closed"),
+        ("stall-seconds", "a client that takes no data is cut off"),
+        ("drain-seconds", "for open streams after SIGTERM"),
+    ):
+        value = getattr(default, name.replace("-", "_"))
+        limits.add_argument(f"--{name}", type=float, default=value, metavar="S", help=f"{text} (%(default)g)")
+
+    logs = parser.add_argument_group("logs and page")
+    logs.add_argument("--log-format", choices=("json", "plain"), default="json", help="(%(default)s)")
+    logs.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    logs.add_argument("--log-text", action="store_true", help="write recognised text into the log")
+    logs.add_argument("--no-page", action="store_true", help="without the page for the browser at /")
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """The settings that the options name.
+
+    Raises:
+        ConfigError: a wrong value.
+    """
+    fields: dict[str, Any] = {name: getattr(options, name) for name in SAME_NAME}
+    if options.model:
+        fields["models"] = tuple(map(ModelSpec.parse, options.model))
+    aliases = {}
+    for alias in options.alias:
+        name, equals, target = alias.partition("=")
+        if not (name and equals and target):
+            raise ConfigError(f"--alias {alias}: must be NAME=ID")
+        aliases[name] = target
+    limits = Limits(options.limit_streams, options.limit_requests, options.limit_minutes)
+    for name, value in vars(limits).items():
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--limit-{name} {value:g}: must be above 0")
+    return Settings(
+        **fields,
+        aliases=aliases,
+        limits=limits,
+        cors_origins=tuple(options.cors_origin),
+        max_upload_bytes=round(options.max_upload_mb * MIB),
+        page=not options.no_page,
+    )
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve transcription: OpenAI HTTP and Realtime, FunASR, Wyoming, raw WebSocket.
+
+    Runs until SIGTERM or SIGINT, then lets open streams finish. See docs/serving.md.
+    """
+    settings = settings_of(options)
+    need_extra("the server")
+    import torch
+
+    from nar_speech.server.logs import set_up
+    from nar_speech.server.run import run
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    set_up(settings.log_format, "debug" if options.verbose else settings.log_level)
+    run(settings)
+    return 0
+
+
+def need_extra(purpose: str) -> None:
+    """Fail with one clear line where a package of the extra ``serve`` is missing.
+
+    Raises:
+        MissingExtraError: which.
+    """
+    for package in NEEDED:
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "serve", purpose)

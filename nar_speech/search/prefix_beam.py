@@ -11,7 +11,8 @@ probability of the best single path of each prefix is kept, which gives the toke
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from nar_speech.search.hypothesis import CtcHypothesis
 # A prefix that exists but has probability zero sorts behind all others and before "no prefix" (-inf).
 IMPOSSIBLE = -1e30
 RECOMBINED = 3  # times the beam: extensions among which equal futures are looked for
+FIRST_STEPS = 64  # room for so many steps to begin with
 NOTHING = -2  # in place of a candidate's id: no candidate
 # Rows of the float state: log probability of ending in a blank or in the last token, the same of the best
 # single path, and what context and LM added.
@@ -32,6 +34,8 @@ BLANK, TOKEN, BEST_BLANK, BEST_TOKEN, CONTEXT, LM = range(6)
 # latter, the prefix node, its last token, hashes of the prefix and of the prefix without its last token, and
 # the states of the scorers.
 TIME_BLANK, TIME_TOKEN, TIME_BEFORE, NODE, LAST, KEY, PARENT_KEY, CONTEXT_STATE, LM_STATE = range(9)
+# Tokens, the steps of their times, score, context score and LM score of a hypothesis.
+Found: TypeAlias = tuple[np.ndarray, np.ndarray, float, float, float]
 
 
 class Scorer(Protocol):
@@ -111,22 +115,27 @@ def prefix_beam(
     results = search.results(nbest or beam)
     output: list[list[CtcHypothesis]] = [[] for _ in range(batch)]
     for row, item in enumerate(order.tolist()):
-        for tokens, steps, score, context_score, lm_score in results[row]:
-            times = frames[item, steps]
-            # A token's frame is one where it was among the candidates.
-            own = np.where(symbols[item, steps] == tokens[:, None], values[item, steps], -np.inf)
-            sure = np.exp(own.max(1))
-            output[item].append(
-                CtcHypothesis(
-                    tuple(tokens.tolist()),
-                    score,
-                    tuple(times.tolist()),
-                    tuple(sure.tolist()),
-                    context_score,
-                    lm_score,
-                )
-            )
+        output[item] = [describe(found, frames[item], values[item], symbols[item]) for found in results[row]]
     return output
+
+
+def describe(found: Found, frames: np.ndarray, values: np.ndarray, symbols: np.ndarray) -> CtcHypothesis:
+    """A hypothesis from one of :meth:`PrefixBeamSearch.results`.
+
+    Args:
+        frames: (T,) frame number of each step. values, symbols: (T, C) what the steps were given.
+    """
+    tokens, steps, score, context_score, lm_score = found
+    # A token's frame is one where it was among the candidates.
+    own = np.where(symbols[steps] == tokens[:, None], values[steps], -np.inf)
+    return CtcHypothesis(
+        tuple(tokens.tolist()),
+        score,
+        tuple(frames[steps].tolist()),
+        tuple(np.exp(own.max(1)).tolist()),
+        context_score,
+        lm_score,
+    )
 
 
 def _kept_frames(
@@ -185,8 +194,9 @@ class PrefixBeamSearch:
         self.ints[LM_STATE] = 0 if lm is None else lm.start
         self.exists = np.zeros((batch, beam), dtype=bool)
         self.exists[:, 0] = True
+        self.steps = 0
         # Node t * beam + k of a row was made at step t: what it extends, its token, the time node before it.
-        self._nodes: list[np.ndarray] = []
+        self._nodes = np.full((3, batch, FIRST_STEPS, beam), -1, dtype=np.int64)
         self._rank = np.arange(beam)
 
     def advance(self, values: np.ndarray, symbols: np.ndarray) -> None:
@@ -250,7 +260,7 @@ class PrefixBeamSearch:
         # Carry the chosen ones over.
         grows = top >= self.beam
         source, column = np.where(grows, (top - self.beam) // width, top), (top - self.beam) % width
-        node = len(self._nodes) * self.beam + self._rank
+        node = self.steps * self.beam + self._rank
         old = ints[:, rows, source]
         new_floats = np.empty_like(floats)
         new_floats[:4] = stay[:, rows, source]
@@ -275,7 +285,10 @@ class PrefixBeamSearch:
                 new_floats[CONTEXT + offset] += np.where(grows, score[rows, source, column], 0.0)
                 after = state[rows, source, column]
                 new[CONTEXT_STATE + offset] = np.where(grows, after, old[CONTEXT_STATE + offset])
-        self._nodes.append(np.stack([old[NODE], symbol, new[TIME_BEFORE]]))
+        if self.steps == self._nodes.shape[2]:
+            self._nodes = np.concatenate([self._nodes, np.full_like(self._nodes, -1)], axis=2)
+        self._nodes[:, :n, self.steps] = old[NODE], symbol, new[TIME_BEFORE]
+        self.steps += 1
         self.floats[:, :n], self.ints[:, :n] = new_floats, new
         self.exists[:n] = rank[rows, top] > -np.inf
 
@@ -303,6 +316,8 @@ class PrefixBeamSearch:
         self, ints: np.ndarray, symbols: np.ndarray
     ) -> tuple[list[np.ndarray | float], list[np.ndarray | None]]:
         """Scores and next states (n, K, C) that context and LM give to each extension."""
+        # What is no token may not be in their tables; the result of any other is not used there.
+        symbols = np.where((symbols == self.blank) | (symbols == NOTHING), 0, symbols)
         scores: list[np.ndarray | float] = [0.0, 0.0]
         states: list[np.ndarray | None] = [None, None]
         if self.context is not None:
@@ -312,19 +327,22 @@ class PrefixBeamSearch:
             scores[1] = self.lm_weight * score
         return scores, states
 
-    def results(self, nbest: int) -> list[list[tuple[np.ndarray, np.ndarray, float, float, float]]]:
-        """For each row up to ``nbest`` of (tokens, steps of their times, score, context score, LM score)."""
+    def results(self, nbest: int, finish: bool = True) -> list[list[Found]]:
+        """For each row up to ``nbest`` hypotheses, best first.
+
+        ``finish``: whether the sequences end here, which scorers charge for; else they may go on.
+        """
         floats, ints = self.floats, self.ints
         acoustic = np.logaddexp(floats[BLANK], floats[TOKEN])
         context, lm = floats[CONTEXT].copy(), floats[LM].copy()
-        if self.lm is not None:
+        if self.lm is not None and finish:
             lm += self.lm_weight * self.lm.finish(ints[LM_STATE])
         order = np.broadcast_to(self._rank, acoustic.shape)
         official = False
-        if self.context is not None:
+        if self.context is not None and finish:
             official = self.context.official
-            finish = self.context.finish(ints[CONTEXT_STATE])
-            context = finish if official else context + finish
+            ended = self.context.finish(ints[CONTEXT_STATE])
+            context = ended if official else context + ended
         score = np.where(self.exists, acoustic + context + lm, -np.inf)
         if not official:
             order = np.argsort(-score, axis=1, kind="stable")
@@ -347,13 +365,56 @@ class PrefixBeamSearch:
             )
         return output
 
+    def prune(self, margin: float) -> None:
+        """Drop prefixes that are, with context and LM, less probable than the best by more than ``margin``."""
+        floats = self.floats
+        rank = np.logaddexp(floats[BLANK], floats[TOKEN]) + floats[CONTEXT] + floats[LM]
+        rank = np.where(self.exists, rank, -np.inf)
+        self.exists &= rank >= rank.max(1, keepdims=True) - margin
+
+    def agreed(self) -> list[int]:
+        """For each row, how many leading tokens all its prefixes share: no later frame can change these."""
+        tokens, _ = self._trace(self.ints[NODE], np.full_like(self.ints[NODE], -1))
+        output = []
+        for prefixes, exists in zip(tokens, self.exists, strict=True):
+            rows = [prefix[prefix >= 0] for prefix in prefixes[exists]]
+            size = min((len(row) for row in rows), default=0)
+            same = np.array([row[:size] == rows[0][:size] for row in rows], bool).reshape(len(rows), size)
+            output.append(int(np.logical_and.accumulate(same.all(0)).sum()))
+        return output
+
+    def export(self) -> dict[str, np.ndarray]:
+        """All that :meth:`restore` of a search with the same arguments needs to go on."""
+        nodes = self._nodes[:, :, : self.steps]
+        return {"floats": self.floats, "ints": self.ints, "exists": self.exists, "nodes": nodes}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take over what :meth:`export` gave.
+
+        Raises:
+            InputError: arrays of another search.
+        """
+        for name, own in self.export().items():
+            new = arrays.get(name)
+            if (
+                new is None
+                or new.dtype != own.dtype
+                or _without_steps(name, new) != _without_steps(name, own)
+            ):
+                raise InputError(f"beam: {name} is missing or of another search; begin a new utterance")
+        nodes = arrays["nodes"]
+        self.steps = nodes.shape[2]
+        # A pointer to what is not there would only be found when a result is asked for.
+        pointers = np.concatenate([nodes[[0, 2]].ravel(), arrays["ints"][: NODE + 1].ravel()])
+        if len(pointers) and not -1 <= pointers.min() <= pointers.max() < self.steps * self.beam:
+            raise InputError("beam: damaged state; begin a new utterance")
+        self.floats, self.ints, self.exists = (arrays[n].copy() for n in ("floats", "ints", "exists"))
+        self._nodes = np.full((3, self.batch, max(self.steps, FIRST_STEPS), self.beam), -1, dtype=np.int64)
+        self._nodes[:, :, : self.steps] = nodes
+
     def _trace(self, node: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and steps (B, K, U) from the last pointers (B, K) back to the start, -1 in front."""
-        steps = len(self._nodes)
-        table = np.full((3, self.batch, steps, self.beam), -1, dtype=np.int64)
-        for step, nodes in enumerate(self._nodes):
-            table[:, : nodes.shape[1], step] = nodes
-        extends, symbol, before = table.reshape(3, self.batch, -1)
+        extends, symbol, before = self._nodes[:, :, : self.steps].reshape(3, self.batch, -1)
         rows = np.arange(self.batch)[:, None]
 
         def follow(pointer: np.ndarray, previous: np.ndarray, value) -> np.ndarray:
@@ -384,3 +445,8 @@ def _extend_key(key: np.ndarray, symbol: np.ndarray) -> np.ndarray:
     mixed = (symbol + 1) * np.int64(-0x61C8864680B583EB)
     mixed = (mixed ^ (mixed >> 29)) * np.int64(-0x40A7B892E31B1A47)
     return (key * np.int64(0x5851F42D4C957F2D) + mixed) ^ (mixed >> 32)
+
+
+def _without_steps(name: str, array: np.ndarray) -> tuple[int, ...]:
+    """The part of an exported array's shape that does not grow."""
+    return (*array.shape[:2], *array.shape[3:]) if name == "nodes" else array.shape

@@ -20,12 +20,19 @@ from torch import Tensor, nn
 
 from nar_speech.config import check_range
 from nar_speech.errors import ConfigError, InputError
+from nar_speech.spectrum import (
+    kaldi_mel_matrix,
+    kaldi_spectrum_frames,
+    log_energies,
+    power,
+    power_of_two,
+    slaney_mel_matrix,
+    window_samples,
+)
 
-PREEMPHASIS = 0.97
 INT16_SCALE = 32768.0  # Kaldi works on 16-bit integers
 CPU_BLOCK_FRAMES = 2048  # frames whose spectra are made at once on a CPU: they stay in its cache
 WINDOWS = ("povey", "hamming", "hann", "blackman", "rectangular")
-LOG_FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor before the logarithm
 
 
 @dataclass(frozen=True)
@@ -150,8 +157,8 @@ class Frontend(nn.Module):
         self.frame_shift = self.shift / config.sample_rate * config.lfr_n
         low, high = config.band
         if config.kind == "fbank":
-            self.fft_size = _power_of_two(self.frame)
-            window = _kaldi_window(config.window or "povey", self.frame)
+            self.fft_size = power_of_two(self.frame)
+            window = window_samples(config.window or "povey", self.frame)
             mel = kaldi_mel_matrix(config.num_mels, self.fft_size, config.sample_rate, low, high)
         else:
             self.fft_size = self.frame
@@ -199,7 +206,7 @@ class Frontend(nn.Module):
             if self.config.kind == "log_mel":
                 frames, counts = self._log_mel(waves, lengths)
                 return self._finish(*stack_frames(frames, counts, self.config.lfr_m, self.config.lfr_n))
-            frames, counts = self._fbank(self._scale(waves, generator), lengths)
+            frames, counts = self.filter_bank(self._scale(waves, generator), lengths)
             short = (lengths > 0) & (lengths < self.frame)
             frames, counts = self._short_clips(waves, lengths, short, frames, counts)
             return self._finish(*stack_frames(frames, counts, self.config.lfr_m, self.config.lfr_n))
@@ -250,7 +257,7 @@ class Frontend(nn.Module):
             final = torch.as_tensor(final, dtype=torch.bool, device=waves.device).expand(len(waves))
             scaled = self._scale(waves, generator)
             buffer, filled = _append(state.samples, state.num_samples, scaled, lengths)
-            frames, counts = self._fbank(buffer, filled)
+            frames, counts = self.filter_bank(buffer, filled)
             short = final & ~state.started & (filled > 0) & (filled < self.frame)
             frames, counts = self._short_clips(buffer / INT16_SCALE, filled, short, frames, counts)
 
@@ -309,7 +316,7 @@ class Frontend(nn.Module):
             frames = torch.div(samples - self.frame, self.shift, rounding_mode="floor") + 1
         return torch.where(samples > 0, frames.clamp(min=1), 0)
 
-    def _fbank(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def filter_bank(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Log mel energies (B, T, M) of the complete frames of ``waves`` (B, N), scaled to 16 bit."""
         counts = (torch.div(lengths - self.frame, self.shift, rounding_mode="floor") + 1).clamp(min=0)
         if waves.shape[1] < self.frame:
@@ -321,7 +328,7 @@ class Frontend(nn.Module):
             last = min(first + rows, total) - 1
             part = waves[:, first * self.shift : last * self.shift + self.frame]
             frames = kaldi_spectrum_frames(part, self.window, self.shift)
-            blocks.append(_log_energies(frames, self.fft_size, self.mel))
+            blocks.append(log_energies(frames, self.fft_size, self.mel))
         return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)), counts
 
     def _short_clips(
@@ -340,11 +347,11 @@ class Frontend(nn.Module):
         config = self.config
         for row in rows:
             size = int(lengths[row])
-            window = _kaldi_window(config.window or "povey", size).to(waves)
-            fft_size = _power_of_two(max(size, 2))
+            window = window_samples(config.window or "povey", size).to(waves)
+            fft_size = power_of_two(max(size, 2))
             mel = kaldi_mel_matrix(config.num_mels, fft_size, config.sample_rate, *config.band).T.to(waves)
             clip = kaldi_spectrum_frames(waves[row : row + 1, :size] * INT16_SCALE, window, self.shift)
-            frames[row, 0] = _log_energies(clip, fft_size, mel)[0, 0]
+            frames[row, 0] = log_energies(clip, fft_size, mel)[0, 0]
         return frames, counts.masked_fill(short, 1)
 
     def _log_mel(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -362,7 +369,7 @@ class Frontend(nn.Module):
         waves = nn.functional.pad(waves, (0, size - waves.shape[1]))
         waves = torch.cat([waves[:, 1 : half + 1].flip(1), waves], dim=1)
         frames = waves.unfold(1, self.frame, self.shift) * self.window
-        energies = (_power(frames, self.fft_size) @ self.mel).clamp_(min=1e-10).log10_()
+        energies = (power(frames, self.fft_size) @ self.mel).clamp_(min=1e-10).log10_()
         valid = torch.arange(energies.shape[1], device=waves.device) < counts[:, None]
         peak = energies.masked_fill(~valid[..., None], -math.inf).amax(dim=(1, 2), keepdim=True)
         return torch.maximum(energies, peak - 8.0).add_(4.0).div_(4.0), counts
@@ -448,70 +455,6 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index)
 
 
-def kaldi_spectrum_frames(waves: Tensor, window: Tensor, shift: int) -> Tensor:
-    """Frames (B, T, W) of ``waves`` (B, N >= W) without DC, with pre-emphasis, times ``window`` (W,).
-
-    Kaldi removes the mean of a frame and then takes ``x[i] - 0.97 x[i-1]`` with ``x[-1] = x[0]``. Both are
-    linear, so pre-emphasis runs once over the waveform (overlapping frames share it) and only
-    ``0.03 * mean`` is left to subtract from each frame.
-    """
-    size = len(window)
-    rest = 1.0 - PREEMPHASIS
-    frames = waves.unfold(1, size, shift)
-    mean = frames.mean(-1, keepdim=True)
-    emphasised = torch.sub(waves, waves.roll(1, dims=1), alpha=PREEMPHASIS)  # its first sample is not used
-    result = emphasised.unfold(1, size, shift) - mean * rest
-    result[..., 0] = (frames[..., 0] - mean[..., 0]) * rest
-    return result.mul_(window)
-
-
-def _log_energies(frames: Tensor, fft_size: int, mel: Tensor) -> Tensor:
-    """Natural log of the mel energies (B, T, M) of windowed frames (B, T, W)."""
-    return (_power(frames, fft_size) @ mel).clamp_(min=LOG_FLOOR).log_()
-
-
-def _power(frames: Tensor, fft_size: int) -> Tensor:
-    """Power spectrum (..., fft_size // 2 + 1) of frames (..., W), zero padded to ``fft_size``."""
-    spectrum = torch.fft.rfft(frames, n=fft_size)
-    return spectrum.real.square() + spectrum.imag.square()
-
-
-def kaldi_mel_matrix(num_mels: int, fft_size: int, sample_rate: int, low: float, high: float) -> Tensor:
-    """Kaldi's filters (num_mels, fft_size // 2 + 1) float64: triangles in mel, 1127 ln(1 + f / 700)."""
-
-    def to_mel(hz: Tensor | float) -> Tensor:
-        return 1127.0 * torch.log1p(torch.as_tensor(hz, dtype=torch.float64) / 700.0)
-
-    edges = torch.linspace(to_mel(low).item(), to_mel(high).item(), num_mels + 2, dtype=torch.float64)
-    bins = to_mel(torch.arange(fft_size // 2 + 1, dtype=torch.float64) * sample_rate / fft_size)
-    matrix = _triangles(bins, edges)
-    matrix[:, -1] = 0.0  # Kaldi leaves out the bin at half the sample rate
-    return matrix
-
-
-def slaney_mel_matrix(num_mels: int, fft_size: int, sample_rate: int, low: float, high: float) -> Tensor:
-    """Slaney's filters (num_mels, fft_size // 2 + 1) float64, of equal area; the ones Whisper uses.
-
-    The scale is linear below 1 kHz (200/3 Hz a mel) and logarithmic above (Auditory Toolbox, 1998).
-    """
-    step, knee_hz, log_step = 200.0 / 3.0, 1000.0, math.log(6.4) / 27.0
-    knee = knee_hz / step
-
-    def to_mel(hz: float) -> float:
-        return hz / step if hz < knee_hz else knee + math.log(hz / knee_hz) / log_step
-
-    mels = torch.linspace(to_mel(low), to_mel(high), num_mels + 2, dtype=torch.float64)
-    edges = torch.where(mels < knee, mels * step, knee_hz * torch.exp(log_step * (mels - knee)))
-    bins = torch.arange(fft_size // 2 + 1, dtype=torch.float64) * sample_rate / fft_size
-    return _triangles(bins, edges) * (2.0 / (edges[2:] - edges[:-2]))[:, None]
-
-
-def _triangles(bins: Tensor, edges: Tensor) -> Tensor:
-    """Filters (K, bins) of height 1: up from ``edges[k]`` to ``edges[k + 1]``, down to ``edges[k + 2]``."""
-    left, centre, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    return torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0)
-
-
 def read_kaldi_cmvn(path: str | Path) -> tuple[Tensor, Tensor]:
     """(shift, scale), each (F,) float32, of a Kaldi network in text form (FunASR's ``am.mvn``).
 
@@ -579,18 +522,3 @@ def _read_text(path: str | Path) -> str:
 def select_streams(state: FrontendState, index: Tensor) -> FrontendState:
     """The states of the streams ``index`` (K,), as a batch of K."""
     return replace(state, **{name: value[index] for name, value in vars(state).items()})
-
-
-def _kaldi_window(name: str, size: int) -> Tensor:
-    if name == "hamming":
-        return torch.hamming_window(size, periodic=False, dtype=torch.float64)
-    if name == "rectangular":
-        return torch.ones(size, dtype=torch.float64)
-    if name == "blackman":
-        return torch.blackman_window(size, periodic=False, dtype=torch.float64)
-    hann = torch.hann_window(size, periodic=False, dtype=torch.float64)
-    return hann.pow(0.85) if name == "povey" else hann
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()

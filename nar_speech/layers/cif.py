@@ -12,7 +12,7 @@ loop for weights up to 1, and stays right above 1, where a frame completes sever
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from nar_speech.config import check_range
+
+if TYPE_CHECKING:
+    from nar_speech.layers.cif_stream import CifChunk, CifState
+    from nar_speech.layers.sanm_stream import StreamConfig
 
 FIRE_SLACK = 1e-4  # time stamps count a token as complete this much early, so rounding never loses one
 SNAP = 1e-6  # training: a prefix sum this close to the target length is the target length
@@ -113,18 +117,27 @@ def prefix_track(sums: Tensor) -> Tensor:
     return ((whole > _previous(whole)).to(sums.dtype) + sums - whole).float()
 
 
-def overlap_weights(sums: Tensor, tokens: int) -> Tensor:
-    """Share of each frame in each token: (B, T) prefix sums -> (B, U, T); complete tokens' rows sum to 1."""
-    index = torch.arange(tokens, device=sums.device, dtype=sums.dtype)
-    reached = (sums[:, None, :] - index[:, None]).clamp(0, 1)
+def overlap_weights(sums: Tensor, tokens: int | Tensor) -> Tensor:
+    """Share of each frame in each token: (B, T) prefix sums -> (B, U, T); complete tokens' rows sum to 1.
+
+    ``tokens``: U, or the numbers (B, U) of the tokens that are wanted.
+    """
+    reached = (sums[:, None, :] - _numbers(tokens, sums)[..., None]).clamp(0, 1)
     return reached - _previous(reached)
 
 
-def one_fire_weights(alphas: Tensor, sums: Tensor, tokens: int, sequential: bool) -> Tensor:
+def _numbers(tokens: int | Tensor, sums: Tensor) -> Tensor:
+    if isinstance(tokens, Tensor):
+        return tokens
+    return torch.arange(tokens, device=sums.device, dtype=sums.dtype)
+
+
+def one_fire_weights(alphas: Tensor, sums: Tensor, tokens: int | Tensor, sequential: bool) -> Tensor:
     """The shares (B, U, T) of the official implementations, which see one token end per frame.
 
     They differ from :func:`overlap_weights` only where a weight is above 1. ``sequential``: the loop, which
     carries a sum above 1 to the next frame; otherwise the parallel form, which keeps only its fraction.
+    ``tokens``: U, or the numbers (B, U) of the tokens that are wanted.
     """
     alphas = alphas.to(sums.dtype)
     if sequential:
@@ -137,7 +150,7 @@ def one_fire_weights(alphas: Tensor, sums: Tensor, tokens: int, sequential: bool
         after = fired.cumsum(dim=-1).to(sums.dtype)
         before = _previous(after)
         done = torch.where(fired, alphas - (sums - sums.floor()), alphas)
-    index = torch.arange(tokens, device=sums.device, dtype=sums.dtype)[:, None]
+    index = _numbers(tokens, sums)[..., None]
     rest = torch.where(fired, alphas - done, 0)
     return (before[:, None] == index) * done[:, None] + ((after[:, None] == index) & fired[:, None]) * rest[
         :, None
@@ -257,6 +270,26 @@ class CifPredictorV2(nn.Module):
             if target_lengths is not None:
                 return self._train(hidden, alphas, target_lengths, mode)
             return self._infer(hidden, alphas, lengths, mode)
+
+    def init_state(self, batch: int, device: torch.device | str | None = None) -> CifState:
+        """State of ``batch`` streams that have not begun (:mod:`nar_speech.layers.cif_stream`)."""
+        from nar_speech.layers.cif_stream import init_cif
+
+        return init_cif(self, batch, device)
+
+    def step(
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        state: CifState,
+        final: Tensor,
+        stream: StreamConfig,
+        silent: Tensor | None = None,
+    ) -> tuple[CifChunk, CifState]:
+        """Tokens that end in the next window (B, W, D) of every stream, ``rows`` (B,) of it valid."""
+        from nar_speech.layers.cif_stream import step_cif
+
+        return step_cif(self, stream, hidden, rows, state, final, silent)
 
     def _train(self, hidden: Tensor, alphas: Tensor, targets: Tensor, mode: CifMode) -> CifOutput:
         sums = prefix_sums(alphas)

@@ -23,7 +23,8 @@ def dot_product_attention(
 
     Args:
         query: (B, H, Q, D). key, value: (B, H, K, D).
-        mask: (B, 1, 1, K) bool, true where a query may look, at one place at least; None: everywhere.
+        mask: (B, 1, 1, K) or (B, 1, Q, K) bool, true where a query may look, at one place at least; None:
+            everywhere.
         dropout: on the weights; above 0 in training only.
         coarse: a float32 computation may use bfloat16 products (int8 models do); as bfloat16 ones do anyway.
 
@@ -38,10 +39,11 @@ def dot_product_attention(
     key, value = key.to(torch.bfloat16).transpose(-1, -2), value.to(torch.bfloat16)
     rows = max(BLOCK_SCORES // (query.shape[0] * query.shape[1] * key.shape[-1]), 32)
     parts = []
-    for block in query.split(rows, dim=2):
-        scores = block @ key
+    for first in range(0, max(query.shape[2], 1), rows):
+        scores = query[:, :, first : first + rows] @ key
         if mask is not None:
-            scores.masked_fill_(~mask, float("-inf"))
+            part = mask if mask.shape[2] == 1 else mask[:, :, first : first + rows]
+            scores.masked_fill_(~part, float("-inf"))
         parts.append(scores.softmax(-1) @ value)  # float32 inside the softmax
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).to(dtype)
 

@@ -17,17 +17,17 @@ def sinusoid_table(positions: Tensor, depth: int) -> Tensor:
     ``w_k = exp(-k ln(10000) / (D/2 - 1))`` (the tensor2tensor variant of "Attention Is All You Need" 3.5).
 
     Args:
-        positions: (T,) positions; FunASR counts from 1.
+        positions: (..., T) positions; FunASR counts from 1.
         depth: D, even and at least 4.
 
     Returns:
-        (T, D) float32.
+        (..., T, D) float32.
     """
     half = depth // 2
     step = torch.tensor(10000.0, device=positions.device).log() / (half - 1)  # float32, as the weights saw it
     rates = torch.exp(torch.arange(half, dtype=torch.float32, device=positions.device) * -step)
-    angles = positions.to(torch.float32)[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    angles = positions.to(torch.float32)[..., None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class SinusoidPosition(nn.Module):

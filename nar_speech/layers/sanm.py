@@ -7,7 +7,7 @@ Paraformer: arXiv 2206.08317, section 3). Attribute names follow FunASR's state 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +20,25 @@ from nar_speech.layers.intermediate import Tap
 from nar_speech.layers.packed import linear_relu
 from nar_speech.layers.position import SinusoidPosition
 
+if TYPE_CHECKING:
+    from nar_speech.layers.sanm_stream import DecoderState, EncoderState, StreamConfig
+
 
 class Padding(NamedTuple):
     """Where a ragged batch is padded, in the two shapes the blocks need.
 
     frames: (B, T, 1) one at valid frames, zero at padding, of the activations' dtype.
-    keys: (B, 1, 1, T) bool, true where attention may look.
+    keys: (B, 1, 1, T) or (B, 1, T, T) bool, true where attention may look.
+    window: above 0 where the frames are windows of this size, one after the other; a memory block does not
+        look from one into the next.
+    groups: (B, T) int64 number of the chunk a token came out of; a token memory does not look ahead into
+        another one, which a stream has not heard yet.
     """
 
     frames: Tensor
     keys: Tensor
+    window: int = 0
+    groups: Tensor | None = None
 
 
 def make_padding(lengths: Tensor, size: int, dtype: torch.dtype) -> Padding | None:
@@ -59,9 +68,6 @@ def memory_padding(kernel_size: int, shift: int) -> tuple[int, int]:
 def memory_block(x: Tensor, weight: Tensor, left: int, right: int) -> Tensor:
     """Depthwise convolution over time plus identity (SAN-M, equation 7).
 
-    Computed as a two-dimensional convolution on the channels-last view of x, which needs no transposed copy
-    and takes a sixth of the time of ``conv1d`` on a CPU.
-
     Args:
         x: (B, T, D).
         weight: (D, 1, kernel).
@@ -70,9 +76,18 @@ def memory_block(x: Tensor, weight: Tensor, left: int, right: int) -> Tensor:
     inner = x
     if left != right:
         inner, left = F.pad(x, (0, 0, left, max(right, 0)))[:, : x.shape[1] + left + right], 0
-    grid = inner.contiguous().transpose(1, 2).unsqueeze(2)
-    memory = F.conv2d(grid, weight.unsqueeze(2), padding=(0, left), groups=weight.shape[0])
-    return memory.squeeze(2).transpose(1, 2) + x
+    return depthwise(inner, weight, left) + x
+
+
+def depthwise(x: Tensor, weight: Tensor, padding: int = 0) -> Tensor:
+    """Depthwise convolution over time: (B, T, D) and (D, 1, K) -> (B, T + 2 * padding - K + 1, D).
+
+    Computed as a two-dimensional convolution on the channels-last view of x, which needs no transposed copy
+    and takes a sixth of the time of ``conv1d`` on a CPU.
+    """
+    grid = x.contiguous().transpose(1, 2).unsqueeze(2)
+    result = F.conv2d(grid, weight.unsqueeze(2), padding=(0, padding), groups=weight.shape[0])
+    return result.squeeze(2).transpose(1, 2)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -107,13 +122,28 @@ class SANMAttention(nn.Module):
         """Memory (B, T, D) of the values (B, T, D); zero at padding."""
         if padding is not None:
             values = values * padding.frames
-        memory = memory_block(values, self.fsmn_block.weight, self.left, self.right)
+        folded = values
+        if padding is not None and padding.window:
+            folded = values.unflatten(1, (-1, padding.window)).flatten(0, 1)
+        memory = memory_block(folded, self.fsmn_block.weight, self.left, self.right).reshape(values.shape)
         memory = F.dropout(memory, self.dropout, self.training)
         return memory if padding is None else memory * padding.frames
 
     def forward(self, x: Tensor, padding: Padding | None = None) -> Tensor:
         """(B, T, input_size) -> (B, T, size)."""
-        query, key, value = self.linear_q_k_v(x).chunk(3, dim=-1)
+        return self.attend(self.linear_q_k_v(x), padding)
+
+    def attend(self, projected: Tensor, padding: Padding | None = None, past: Tensor | None = None) -> Tensor:
+        """What :meth:`forward` makes of the projected input.
+
+        Args:
+            projected: (B, T, 3 D) queries, keys and values.
+            padding: its ``keys`` cover the past and the frames.
+            past: (B, P, 2 D) keys and values of earlier frames, which are seen too (streaming).
+        """
+        query, key_value = projected.split([projected.shape[-1] // 3, 2 * projected.shape[-1] // 3], dim=-1)
+        seen = key_value if past is None else torch.cat([past, key_value], dim=1)
+        key, value = seen.chunk(2, dim=-1)
         context = dot_product_attention(
             split_heads(query, self.heads),
             split_heads(key, self.heads),
@@ -122,7 +152,7 @@ class SANMAttention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             coarse=self.coarse,
         )
-        return self.linear_out(merge_heads(context)) + self.memory(value, padding)
+        return self.linear_out(merge_heads(context)) + self.memory(key_value.chunk(2, dim=-1)[1], padding)
 
 
 class FeedForward(nn.Module):
@@ -164,7 +194,11 @@ class SANMEncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, padding: Padding | None = None) -> Tensor:
         """(B, T, input_size) -> (B, T, size)."""
-        attended = F.dropout(self.self_attn(self.norm1(x), padding), self.dropout, self.training)
+        return self.join(x, self.self_attn(self.norm1(x), padding))
+
+    def join(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The block from the attention's output (B, T, size) on."""
+        attended = F.dropout(attended, self.dropout, self.training)
         x = x + attended if self.residual else attended
         return x + F.dropout(self.feed_forward(self.norm2(x)), self.dropout, self.training)
 
@@ -259,6 +293,26 @@ class SANMEncoder(nn.Module):
             x = self.tp_norm(x)
         return x, lengths
 
+    def init_state(
+        self,
+        batch: int,
+        stream: StreamConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> EncoderState:
+        """State of ``batch`` streams that have not begun (:mod:`nar_speech.layers.sanm_stream`)."""
+        from nar_speech.layers.sanm_stream import init_encoder
+
+        return init_encoder(self, stream, batch, device, dtype)
+
+    def step(
+        self, x: Tensor, lengths: Tensor, state: EncoderState, stream: StreamConfig
+    ) -> tuple[Tensor, Tensor, EncoderState]:
+        """Encode the next chunk (B, C, F) of every stream: window (B, W, D), its valid rows (B,), state."""
+        from nar_speech.layers.sanm_stream import step_encoder
+
+        return step_encoder(self, stream, x, lengths, state)
+
 
 class CrossAttention(nn.Module):
     """Multi-head attention of token states over a memory: one projection for keys and values."""
@@ -281,9 +335,13 @@ class CrossAttention(nn.Module):
         Args:
             x: (B, U, D) queries.
             memory: (B, T, E).
-            keys: (B, 1, 1, T) bool, true where attention may look; None: everywhere.
+            keys: (B, 1, 1, T) or (B, 1, U, T) bool, true where attention may look; None: everywhere.
         """
-        key, value = self.linear_k_v(memory).chunk(2, dim=-1)
+        return self.attend(x, self.linear_k_v(memory), keys)
+
+    def attend(self, x: Tensor, key_value: Tensor, keys: Tensor | None = None) -> Tensor:
+        """What :meth:`forward` gives for the projected memory (B, T, 2 D)."""
+        key, value = key_value.chunk(2, dim=-1)
         context = dot_product_attention(
             split_heads(self.linear_q(x), self.heads),
             split_heads(key, self.heads),
@@ -317,9 +375,21 @@ class TokenMemory(nn.Module):
         """(B, U, D) -> (B, U, D), zero at padding."""
         if padding is not None:
             x = x * padding.frames
-        x = memory_block(x, self.fsmn_block.weight, self.left, self.right)
+        if padding is not None and padding.groups is not None and self.right > 0:
+            x = self._grouped(x, padding.groups)
+        else:
+            x = memory_block(x, self.fsmn_block.weight, self.left, self.right)
         x = F.dropout(x, self.dropout, self.training)
         return x if padding is None else x * padding.frames
+
+    def _grouped(self, x: Tensor, groups: Tensor) -> Tensor:
+        """Memory of tokens (B, U, D) that does not look ahead into other ``groups`` (B, U)."""
+        size = self.left + 1 + self.right
+        inner = F.pad(x, (0, 0, self.left, self.right)).unfold(1, size, 1)  # (B, U, D, K)
+        near = F.pad(groups, (self.left, self.right), value=-1).unfold(1, size, 1) == groups[:, :, None]
+        near[:, :, : self.left + 1] = True
+        weight = self.fsmn_block.weight.squeeze(1)
+        return torch.einsum("budk,dk,buk->bud", inner, weight, near.to(x.dtype)) + x
 
 
 class NormedFeedForward(nn.Module):
@@ -471,7 +541,10 @@ class SANMDecoder(nn.Module):
             (B, U, D).
         """
         padding = make_padding(token_lengths, tokens.shape[1], tokens.dtype)
-        keys = make_keys(lengths, memory.shape[1])
+        return self.states(tokens, padding, memory, make_keys(lengths, memory.shape[1]))
+
+    def states(self, tokens: Tensor, padding: Padding | None, memory: Tensor, keys: Tensor | None) -> Tensor:
+        """As :meth:`hidden`, with ``padding`` of the tokens and ``keys`` (B, 1, 1 or U, T) of the memory."""
         x = tokens
         for layer in self.decoders:
             x = layer(x, padding, memory, keys)
@@ -485,3 +558,35 @@ class SANMDecoder(nn.Module):
     def forward(self, tokens: Tensor, token_lengths: Tensor, memory: Tensor, lengths: Tensor) -> Tensor:
         """As :meth:`hidden`, projected to the vocabulary: (B, U, V) logits."""
         return self.output_layer(self.hidden(tokens, token_lengths, memory, lengths))
+
+    def init_state(
+        self,
+        batch: int,
+        stream: StreamConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> DecoderState:
+        """State of ``batch`` streams that have not begun (:mod:`nar_speech.layers.sanm_stream`)."""
+        from nar_speech.layers.sanm_stream import init_decoder
+
+        return init_decoder(self, stream, batch, device, dtype)
+
+    def step(
+        self,
+        tokens: Tensor,
+        counts: Tensor,
+        memory: Tensor,
+        rows: Tensor,
+        state: DecoderState,
+        stream: StreamConfig,
+    ) -> tuple[Tensor, DecoderState]:
+        """Logits (B, U, V) of the next tokens of every stream, and its state.
+
+        Args:
+            tokens: (B, U, D), ``counts`` (B,) of them valid.
+            memory: (B, W, D) window of the encoder, ``rows`` (B,) of it valid.
+        """
+        from nar_speech.layers.sanm_stream import step_decoder
+
+        hidden, state = step_decoder(self, stream, tokens, counts, memory, rows, state)
+        return self.output_layer(hidden), state

@@ -21,6 +21,7 @@ from nar_speech.layers.cif import PREDICTORS, CifOutput, CifPredictorV3, CifTime
 from nar_speech.layers.encoder import build_encoder
 from nar_speech.layers.packed import keep_plain
 from nar_speech.layers.sanm import SANMDecoder, SANMDecoderConfig, make_padding
+from nar_speech.layers.sanm_stream import StreamConfig
 from nar_speech.losses.cif import (
     append_eos,
     glancing_mask,
@@ -33,6 +34,7 @@ from nar_speech.losses.label_smoothing import label_smoothed_ce
 
 if TYPE_CHECKING:
     from nar_speech.models.funasr import ModelParts
+    from nar_speech.models.paraformer_stream import ParaformerState, StreamOutput
 
 BLANK, SOS, EOS, IGNORE = 0, 1, 2, -1
 
@@ -81,6 +83,7 @@ class ParaformerConfig:
     predictor_bias: 1 where the token count includes the end-of-sentence token, else 0.
     lsm_weight, length_normalized_loss: label smoothing, and division by tokens instead of utterances.
     share_embedding: the sampler embeds labels with the output layer's rows; there is no own embedding.
+    stream: how an online model streams and is trained to; None: the model hears whole utterances.
     """
 
     input_size: int = 560
@@ -99,6 +102,7 @@ class ParaformerConfig:
     predictor_bias: int = 1
     sampling_ratio: float = 0.75
     share_embedding: bool = False
+    stream: StreamConfig | None = None
 
     def __post_init__(self) -> None:
         check_range(self, 1, MAX_WIDTH, "input_size")
@@ -113,6 +117,8 @@ class ParaformerConfig:
             raise ConfigError(f"sampling_ratio: must not be negative, got {self.sampling_ratio}")
         if not self.share_embedding and not self.decoder_conf.embed:
             raise ConfigError("decoder_conf.embed: must be true unless share_embedding is true")
+        if self.stream and (self.encoder != "sanm" or self.variant != "paraformer" or self.predictor == "v3"):
+            raise ConfigError("stream: needs encoder 'sanm', variant 'paraformer' and predictor 'v1' or 'v2'")
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,7 @@ class Paraformer(nn.Module):
                 f"variant: {type(self).__name__} needs '{self.variant}', the config has '{config.variant}'"
             )
         self.config = config
+        self.stream = config.stream  # may be replaced before init_state: chunks and look-back are free
         self.encoder = build_encoder(config.encoder, config.input_size, config.encoder_conf)
         size = self.encoder.output_size
         self.predictor = PREDICTORS[config.predictor](size, config.predictor_conf)
@@ -325,6 +332,39 @@ class Paraformer(nn.Module):
         if not official_padding:
             encoder_out = clear_padding(encoder_out, lengths)
         return self.predictor.times(encoder_out, lengths, token_num, official_padding)
+
+    def init_state(
+        self,
+        batch: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        grow: bool = False,
+    ) -> ParaformerState:
+        """State of ``batch`` streams that have not begun; device and dtype default to those of the weights.
+
+        Args:
+            grow: allow a state that grows with every step, which a look-back of -1 needs.
+
+        Raises:
+            ConfigError: a model without ``stream``, or a state that would have to grow.
+        """
+        from nar_speech.models.paraformer_stream import init_state
+
+        return init_state(self, batch, device, dtype, grow)
+
+    def step(
+        self, feats: Tensor, lengths: Tensor, state: ParaformerState, final: Tensor
+    ) -> tuple[StreamOutput, ParaformerState]:
+        """Recognise the next chunk of every stream; without gradient, for a model in eval mode.
+
+        Args:
+            feats: (B, C, F) the next C frames, C the middle of ``stream.chunk``.
+            lengths: (B,) int64 valid frames: C unless ``final``; 0 there gives out what is still open.
+            final: (B,) bool, where the stream ends; its next state is that of a new stream.
+        """
+        from nar_speech.models.paraformer_stream import step
+
+        return step(self, feats, lengths, state, final)
 
 
 def clear_padding(x: Tensor, lengths: Tensor) -> Tensor:

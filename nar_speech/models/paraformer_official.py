@@ -22,6 +22,7 @@ from nar_speech.models.paraformer import Paraformer, ParaformerConfig, build_par
 
 VARIANTS = {
     "Paraformer": "paraformer",
+    "ParaformerStreaming": "paraformer",
     "BiCifParaformer": "bicif",
     "ContextualParaformer": "contextual",
     "SeacoParaformer": "seaco",
@@ -58,6 +59,15 @@ ENCODER_IGNORED = TENSORFLOW | {
     "lora_rank",
     "lora_alpha",
     "lora_dropout",
+}
+
+STREAM_ENCODER = "SANMEncoderChunkOpt"
+WINDOW_KEYS = {  # lists of one value for each kind of window, and their defaults
+    "chunk_size": ("size", 16),
+    "stride": ("stride", 10),
+    "pad_left": ("left", 0),
+    "encoder_att_look_back_factor": ("encoder_look_back", 1),
+    "decoder_att_look_back_factor": ("decoder_look_back", 1),
 }
 
 DECODER_DEFAULTS = {
@@ -131,8 +141,38 @@ MODEL_DEFAULTS = {
 def encoder_conf(section: Mapping[str, Any], where: str = "encoder_conf") -> dict[str, Any]:
     """Numbers of an official SANMEncoder as those of :class:`nar_speech.layers.sanm.SANMEncoderConfig`."""
     require({"input_layer": "conv2d", **section}, ENCODER_ONE_VALUE, where)
-    ignored = ENCODER_IGNORED | set(ENCODER_ONE_VALUE)
+    ignored = ENCODER_IGNORED | set(ENCODER_ONE_VALUE) | set(WINDOW_KEYS)
     return take({**ENCODER_DEFAULTS, **section}, ENCODER_KEYS, ignored, where)
+
+
+def stream_conf(section: Mapping[str, Any], where: str = "encoder_conf") -> dict[str, Any]:
+    """What an official SANMEncoderChunkOpt's section says of windows, as values of ``StreamConfig``.
+
+    It leaves open how the model streams: that is 600 ms at a time with 300 ms of look-ahead here, and the
+    look-back it was trained with for windows of that size.
+
+    Raises:
+        ConfigError: windows that are not numbers, or lists of them of different lengths.
+    """
+    if section.get("chunk_size") is None:
+        return {}
+    columns = {}
+    for key, (name, default) in WINDOW_KEYS.items():
+        value = section.get(key)
+        column = [default] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+        columns[name] = column
+    number = len(columns["size"])
+    for name, column in columns.items():
+        if not column or (len(column) < number and name == "stride"):
+            raise ConfigError(f"{where}: stride: expected {number} values, as many as chunk_size has")
+    # As there: too short a list stands for its first value.
+    columns = {n: c if len(c) >= number else c[:1] * number for n, c in columns.items()}
+    windows = [{name: column[i] for name, column in columns.items()} for i in range(number)]
+    return {
+        "encoder_look_back": columns["encoder_look_back"][-1],
+        "decoder_look_back": columns["decoder_look_back"][-1],
+        "windows": windows,
+    }
 
 
 def decoder_conf(section: Mapping[str, Any], where: str = "decoder_conf") -> dict[str, Any]:
@@ -172,11 +212,12 @@ def convert_config(
         ConfigError: a class, option or key that has no counterpart here.
     """
     _class(tree, "model", VARIANTS, where)
-    _class(tree, "encoder", {"SANMEncoder": "", "SANMEncoderChunkOpt": ""}, where)
+    _class(tree, "encoder", {"SANMEncoder": "", STREAM_ENCODER: ""}, where)
     _class(tree, "decoder", {"ParaformerSANMDecoder": "", "ContextualParaformerDecoder": ""}, where)
     kind = _class(tree, "predictor", PREDICTOR_KINDS, where)
     model = _section(tree, "model_conf", where)
     variant = VARIANTS[tree["model"]]
+    streams = tree["model"] == "ParaformerStreaming" or tree["encoder"] == STREAM_ENCODER
     contextual_decoder = tree["decoder"] == "ContextualParaformerDecoder"
     if contextual_decoder != (variant == "contextual"):
         raise ConfigError(f"{where}: decoder '{tree['decoder']}' does not go with model '{tree['model']}'")
@@ -194,6 +235,7 @@ def convert_config(
             ),
             "decoder_conf": decoder_conf(_section(tree, "decoder_conf", where), f"{where}: decoder_conf"),
             "hotword_conf": _hotword_conf(variant, tree, model, where),
+            "stream": stream_conf(_section(tree, "encoder_conf", where), where) if streams else None,
             **{key: model.get(key, default) for key, default in MODEL_DEFAULTS.items()},
         },
         where,

@@ -28,7 +28,7 @@ from nar_speech.models.paraformer import (
 )
 from nar_speech.models.paraformer_official import PREDICTOR_KINDS, convert_config, predictor_conf
 from nar_speech.text.timestamps import fire_times
-from tests.golden_kinds import paraformer_frontend, sensevoice
+from tests.golden_kinds import paraformer_frontend, paraformer_online, sensevoice
 
 if TYPE_CHECKING:
     from tests.golden import Case, Check
@@ -453,5 +453,6 @@ HANDLERS = {
     "loss": loss,
     "timestamps": timestamps,
     **paraformer_frontend.HANDLERS,
+    **paraformer_online.HANDLERS,
     **sensevoice.HANDLERS,
 }

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,7 +204,9 @@ class ServerThread:
         from nar_speech.server.run import Server
         from nar_speech.server.service import Catalog, Service
 
-        self.engine = Engine(models, EngineOptions(max_sessions=settings.max_streams, threads=1)).start()
+        self.engine = Engine(
+            models, EngineOptions(max_sessions=settings.max_streams, idle=settings.idle_seconds, threads=1)
+        ).start()
         self.loop = asyncio.new_event_loop()
         started: threading.Event = threading.Event()
         self.error: BaseException | None = None
@@ -252,6 +256,28 @@ class ServerThread:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def the_end(socket: Any, *messages: Any) -> tuple[list[dict[str, Any]], Any]:
+    """Send messages; all that is heard until the server closes, and how it closes."""
+    from websockets.exceptions import ConnectionClosed
+
+    heard = []
+    try:
+        for message in messages:
+            socket.send(message)
+        while True:
+            heard.append(json.loads(socket.recv(timeout=60)))
+    except ConnectionClosed as closed:
+        return heard, closed.rcvd
+
+
+def wait_for(condition: Any, seconds: float = 60.0) -> None:
+    """Until it holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
 
 
 def tone_entry(second: bool = True) -> tuple[list[Any], dict[str, Any]]:

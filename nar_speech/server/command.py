@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from typing import Any
 
 from nar_speech.errors import ConfigError, MissingExtraError
@@ -166,3 +167,68 @@ def need_extra(purpose: str) -> None:
     for package in NEEDED:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "serve", purpose)
+
+
+def describe_bench(parser: argparse.ArgumentParser) -> None:
+    """The options of ``bench``."""
+    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    streams = what.add_parser("streams", help="many live streams at once")
+    streams.add_argument("--n", default="8", metavar="N[,N]", help="streams at once; several: one run each")
+    streams.add_argument("--model", default="default", help="a streaming model (default: %(default)s)")
+    streams.add_argument("--url", help="of a running server; default: an engine in this process")
+    streams.add_argument("--key", help="API key of that server")
+    streams.add_argument(
+        "--audio", metavar="FILE", help="manifest as of 'evaluate', or one recording (default: our sample)"
+    )
+    streams.add_argument("--paced", action="store_true", help="like microphones; else as fast as it goes")
+    streams.add_argument("--seconds", type=float, default=30.0, metavar="S", help="of each run (%(default)g)")
+    streams.add_argument("--packet", type=float, default=0.1, metavar="S", help="audio at once (%(default)g)")
+    streams.add_argument("--device", default="auto")
+    streams.add_argument("--dtype", default="float32")
+    streams.add_argument("--threads", type=int, metavar="N", help="CPU threads of PyTorch")
+    streams.add_argument("--normalize", default="en", choices=("en", "zh", "none"), help="(%(default)s)")
+    streams.add_argument("--json", action="store_true", help="all numbers as JSON on stdout")
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Run the load and print a table, or JSON; exit code 1 if a stream failed."""
+    try:
+        counts = [int(n) for n in options.n.split(",")]
+    except ValueError:
+        counts = [0]
+    for name, value in (("--n", min(counts)), ("--seconds", options.seconds), ("--packet", options.packet)):
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"{name}: must be above 0")
+    need_extra("the load tool")
+    import torch
+
+    from nar_speech.server import bench as tool
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    reports = []
+    common = (options.seconds, options.paced)
+    if options.url is not None:
+        from nar_speech.server.bench_socket import RATE, Target, bench_server
+
+        target = Target(options.url, options.model, options.key)
+        corpus = tool.read_corpus(options.audio, RATE)
+        for n in counts:
+            reports.append(bench_server(target, corpus, n, *common, options.packet, options.normalize))
+    else:
+        from nar_speech.server.models import load_stream_model
+
+        key, model, settings = load_stream_model(options.model, options.device, options.dtype)
+        corpus = tool.read_corpus(options.audio, model.sample_rate)
+        for n in counts:
+            reports.append(
+                tool.bench_engine(
+                    {key: model}, key, corpus, n, *common, settings, None, options.packet, options.normalize
+                )
+            )
+    if options.json:
+        print(json.dumps([report.to_dict() for report in reports], indent=2))
+    else:
+        for line in tool.lines(reports):
+            print(line)
+    return 1 if any(report.failed for report in reports) else 0

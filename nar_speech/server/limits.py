@@ -69,7 +69,7 @@ class Usage:
         Raises:
             ApiError: 429, there is no audio left of this day.
         """
-        if who.limits.minutes is None:
+        if who.limits.minutes is None or seconds <= 0:
             return
         bucket = self._bucket(who, "minutes", who.limits.minutes, DAY)
         if bucket.level <= 0:

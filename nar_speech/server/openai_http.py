@@ -245,7 +245,7 @@ async def _secret(service: Service, who: Identity, body: dict[str, Any]) -> dict
         raise bad_request(
             f"expires_after.seconds: must be a whole number from {low} to {high}", "expires_after"
         )
-    session = body.get("session") or {}
+    session = {} if body.get("session") is None else body["session"]
     config = RealtimeConfig().updated(session)
     if config.model is not None:
         service.catalog.find_live(config.model)

@@ -43,7 +43,7 @@ class ModelSpec:
         if not equals or Path(text).exists():
             name, rest = "", text
         parts = [rest] if Path(rest).exists() else rest.split("+")
-        if (equals and name and not _ID.fullmatch(name)) or not all(parts) or len(parts) > 2:
+        if (equals and rest != text and not _ID.fullmatch(name)) or not all(parts) or len(parts) > 2:
             raise ConfigError(f"--model {text}: must be NAME, ID=NAME or ID=OFFLINE+STREAMING")
         return cls(name or None, tuple(parts))
 

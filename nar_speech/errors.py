@@ -37,6 +37,37 @@ class TrainingError(NarSpeechError, RuntimeError):
     """Training that can't go on: losses that stay non-finite, processes that disagree."""
 
 
+class SnapshotError(InputError):
+    """The snapshot of a streaming session that is damaged or belongs to another model."""
+
+
+class EngineError(NarSpeechError, RuntimeError):
+    """The streaming engine can't do what it was asked to."""
+
+
+class EngineBusy(EngineError):
+    """No room for another session or job now; try again after ``retry_after`` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class BackPressure(EngineError):
+    """A session has more audio waiting than it may; nothing of what was fed was taken.
+
+    ``room`` is how many samples it would take now.
+    """
+
+    def __init__(self, message: str, room: int):
+        super().__init__(message)
+        self.room = room
+
+
+class SessionClosed(EngineError):
+    """The session takes no more audio: it was finished, cancelled, moved, evicted or it failed."""
+
+
 class MissingExtraError(NarSpeechError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 

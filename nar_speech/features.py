@@ -1,16 +1,18 @@
-"""Waveforms to features: Kaldi filter banks with frame stacking and CMVN, and Whisper's log-mel.
+"""Waveforms to features: Kaldi filter banks with frame stacking and CMVN, Whisper's and NeMo's log-mel.
 
 One :class:`Frontend` serves files and streams. ``forward`` takes whole utterances, ``step`` takes chunks and
 carries a :class:`FrontendState`; both run the same code, so their outputs agree for every chunking.
 
 Sources: Kaldi ``feat/feature-fbank.cc`` (filter bank), FunASR ``WavFrontend`` (frame stacking and CMVN),
-Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision", section 2.2 (log-mel).
+Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision", section 2.2 (log-mel),
+NeMo 3.0 ``FilterbankFeatures``.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,6 +26,9 @@ from nar_speech.spectrum import (
     kaldi_mel_matrix,
     kaldi_spectrum_frames,
     log_energies,
+    nemo_frames,
+    nemo_log_energies,
+    normalize_features,
     power,
     power_of_two,
     slaney_mel_matrix,
@@ -40,19 +45,22 @@ class FrontendConfig:
     """The ``frontend`` part of a model.
 
     Args:
-        kind: ``fbank`` (Kaldi, natural log, samples scaled to 16 bit) or ``log_mel`` (Whisper: log10,
-            floored 8 below the utterance's maximum, then ``(x + 4) / 4``).
-        window: of ``fbank``: ``povey`` (default), ``hamming``, ``hann``, ``blackman`` or ``rectangular``.
-            ``log_mel`` always uses ``hann``.
+        kind: ``fbank`` (Kaldi, natural log, samples scaled to 16 bit), ``log_mel`` (Whisper: log10, floored 8
+            below the utterance's maximum, then ``(x + 4) / 4``) or ``nemo`` (pre-emphasis, centred frames,
+            natural log of the energy + 2^-24).
+        window: of ``fbank`` and ``nemo``: ``povey`` (default of ``fbank``), ``hamming``, ``hann`` (default of
+            ``nemo``), ``blackman`` or ``rectangular``. ``log_mel`` always uses ``hann``.
         frame_ms, shift_ms: length and hop of a frame in milliseconds.
         low_hz: lower edge of the filters; default 20 (``fbank``) or 0 (``log_mel``).
         high_hz: upper edge; 0 or less counts from half the sample rate.
-        dither: standard deviation of the noise added in training mode, in 16-bit steps (``fbank`` only).
+        dither: standard deviation of the noise added in training mode, in 16-bit steps (not ``log_mel``).
+        fft_size: of ``nemo``; default the next power of 2 above the frame.
+        normalize: ``per_feature`` (``nemo`` only): mean 0 and deviation 1 of each feature in each utterance.
         lfr_m, lfr_n: stack ``lfr_m`` frames every ``lfr_n`` frames (low frame rate); 1, 1 is off.
         cmvn: file in the model folder with mean and scale: ``*.mvn`` (Kaldi text) or ``*.json`` (WeNet).
     """
 
-    kind: Literal["fbank", "log_mel"] = "fbank"
+    kind: Literal["fbank", "log_mel", "nemo"] = "fbank"
     sample_rate: int = 16000
     num_mels: int = 80
     window: Literal["povey", "hamming", "hann", "blackman", "rectangular"] | None = None
@@ -61,13 +69,15 @@ class FrontendConfig:
     low_hz: float | None = None
     high_hz: float = 0.0
     dither: float = 0.0
+    fft_size: int | None = None
+    normalize: Literal["none", "per_feature"] = "none"
     lfr_m: int = 1
     lfr_n: int = 1
     cmvn: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("fbank", "log_mel"):
-            raise ConfigError(f"kind: got {self.kind!r}; valid values: fbank, log_mel")
+        if self.kind not in ("fbank", "log_mel", "nemo"):
+            raise ConfigError(f"kind: got {self.kind!r}; valid values: fbank, log_mel, nemo")
         if self.window is not None and self.window not in WINDOWS:
             raise ConfigError(f"window: got {self.window!r}; valid values: {', '.join(WINDOWS)}")
         check_range(self, 1000, 768_000, "sample_rate")
@@ -89,7 +99,13 @@ class FrontendConfig:
         if self.kind == "log_mel" and self.window not in (None, "hann"):
             raise ConfigError(f"window: log_mel uses hann, got {self.window!r}; leave the key out")
         if self.kind == "log_mel" and self.dither:
-            raise ConfigError("dither: only kind fbank has dither; leave the key out")
+            raise ConfigError("dither: kind log_mel has none; leave the key out")
+        if self.kind != "nemo" and (self.fft_size is not None or self.normalize != "none"):
+            raise ConfigError("fft_size, normalize: only kind nemo has them; leave the keys out")
+        if self.fft_size is not None and not self.frame_samples <= self.fft_size <= 1 << 20:
+            raise ConfigError(
+                f"fft_size: got {self.fft_size}; must be {self.frame_samples} (a frame) to {1 << 20}"
+            )
 
     @property
     def frame_samples(self) -> int:
@@ -116,7 +132,8 @@ class FrontendState:
     Sizes do not depend on the chunks, so streams can be gathered, scattered and stacked freely.
 
     Args:
-        samples: (B, S) float32 samples that wait for a full frame, left aligned; S = frame length - 1.
+        samples: (B, S) float32 samples that wait for a full frame, left aligned; S = frame length - 1, one
+            more for ``nemo``.
         num_samples: (B,) int64, how many of them are valid.
         frames: (B, P, M) float32 frames kept for the next stack, left aligned; P = lfr_m - 1.
         num_frames: (B,) int64, how many of them are valid.
@@ -161,9 +178,15 @@ class Frontend(nn.Module):
             window = window_samples(config.window or "povey", self.frame)
             mel = kaldi_mel_matrix(config.num_mels, self.fft_size, config.sample_rate, low, high)
         else:
-            self.fft_size = self.frame
-            window = torch.hann_window(self.frame, dtype=torch.float64)
+            if config.kind == "nemo":
+                self.fft_size = config.fft_size or power_of_two(self.frame)
+                window = window_samples(config.window or "hann", self.frame)
+            else:
+                self.fft_size = self.frame
+                window = torch.hann_window(self.frame, dtype=torch.float64)
             mel = slaney_mel_matrix(config.num_mels, self.fft_size, config.sample_rate, low, high)
+        # Of nemo: samples before the beginning that its first frame and the pre-emphasis see.
+        self.lead = self.fft_size // 2 - (self.fft_size - self.frame) // 2 + 1
         self.register_buffer("window", window.float(), persistent=False)
         self.register_buffer("mel", mel.float().T.contiguous(), persistent=False)
         for name, value in zip(("cmvn_shift", "cmvn_scale"), cmvn or (None, None), strict=True):
@@ -179,7 +202,7 @@ class Frontend(nn.Module):
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     def num_frames(self, samples: int | Tensor) -> int | Tensor:
-        """Output frames of an utterance of ``samples`` samples: 0 for an empty one, else at least 1."""
+        """Output frames of so many samples: 0 of an empty utterance, else at least 1 (with ``nemo`` 0)."""
         if isinstance(samples, Tensor):
             frames = self._whole_frames(samples)
             return torch.div(frames + self.config.lfr_n - 1, self.config.lfr_n, rounding_mode="floor")
@@ -191,7 +214,8 @@ class Frontend(nn.Module):
         """Features of whole utterances; a batch gives the same as its single items.
 
         A clip shorter than one frame gives one frame (``fbank``: with the window shortened to the clip, as
-        FunASR does; ``log_mel``: the clip is followed by zeros).
+        FunASR does; ``log_mel``: the clip is followed by zeros); with ``nemo`` it gives none if it is shorter
+        than the hop.
 
         Args:
             waves: (B, N) samples in [-1, 1]; what lies beyond ``lengths`` is ignored.
@@ -205,6 +229,12 @@ class Frontend(nn.Module):
             waves, lengths = self._check(waves, lengths)
             if self.config.kind == "log_mel":
                 frames, counts = self._log_mel(waves, lengths)
+                return self._finish(*stack_frames(frames, counts, self.config.lfr_m, self.config.lfr_n))
+            if self.config.kind == "nemo":
+                waves = nn.functional.pad(self._scale(waves, generator), (self.lead, 0))
+                frames, counts = self.centred_mel(waves, lengths + self.lead, True)
+                if self.config.normalize == "per_feature":
+                    frames = normalize_features(frames, counts)
                 return self._finish(*stack_frames(frames, counts, self.config.lfr_m, self.config.lfr_n))
             frames, counts = self.filter_bank(self._scale(waves, generator), lengths)
             short = (lengths > 0) & (lengths < self.frame)
@@ -221,9 +251,10 @@ class Frontend(nn.Module):
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
+        nemo = self.config.kind == "nemo"
         return FrontendState(
-            samples=zeros(self.frame - 1, dtype=torch.float32),
-            num_samples=zeros(),
+            samples=zeros(self.frame if nemo else self.frame - 1, dtype=torch.float32),
+            num_samples=zeros() + (self.lead if nemo else 0),
             frames=zeros(self.config.lfr_m - 1, self.config.num_mels, dtype=torch.float32),
             num_frames=zeros(),
             started=zeros(dtype=torch.bool),
@@ -257,9 +288,13 @@ class Frontend(nn.Module):
             final = torch.as_tensor(final, dtype=torch.bool, device=waves.device).expand(len(waves))
             scaled = self._scale(waves, generator)
             buffer, filled = _append(state.samples, state.num_samples, scaled, lengths)
-            frames, counts = self.filter_bank(buffer, filled)
-            short = final & ~state.started & (filled > 0) & (filled < self.frame)
-            frames, counts = self._short_clips(buffer / INT16_SCALE, filled, short, frames, counts)
+            fresh = self.lead if self.config.kind == "nemo" else 0  # samples of a new stream: zeros
+            if self.config.kind == "nemo":
+                frames, counts = self.centred_mel(buffer, filled, final)
+            else:
+                frames, counts = self.filter_bank(buffer, filled)
+                short = final & ~state.started & (filled > 0) & (filled < self.frame)
+                frames, counts = self._short_clips(buffer / INT16_SCALE, filled, short, frames, counts)
 
             m, n = self.config.lfr_m, self.config.lfr_n
             first = ~state.started & (counts > 0)
@@ -277,7 +312,9 @@ class Frontend(nn.Module):
             features, emitted = self._finish(stacked, emitted)
 
             keep = ~final
-            samples, num_samples = _drop(buffer, filled, counts * self.shift, self.frame - 1, keep)
+            held = state.samples.shape[1]
+            samples, num_samples = _drop(buffer, filled, counts * self.shift, held, keep)
+            num_samples = torch.where(keep, num_samples, fresh)
             frames_kept, num_kept = _drop(frames_all, total, emitted * n, m - 1, keep)
             started = (state.started | first) & keep
             return features, emitted, FrontendState(samples, num_samples, frames_kept, num_kept, started)
@@ -287,6 +324,10 @@ class Frontend(nn.Module):
             raise ConfigError(
                 "frontend.kind: log_mel is scaled by the maximum of the whole utterance and can't stream;"
                 " use a model with kind fbank"
+            )
+        if self.config.normalize != "none":
+            raise ConfigError(
+                "frontend.normalize: per_feature needs the whole utterance, can't stream; use another model"
             )
 
     def _check(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,14 +343,18 @@ class Frontend(nn.Module):
         return waves.float(), lengths.to(waves.device)
 
     def _scale(self, waves: Tensor, generator: torch.Generator | None) -> Tensor:
-        waves = waves * INT16_SCALE
+        """Kaldi's scale, and dither in training."""
+        scale = 1.0 if self.config.kind == "nemo" else INT16_SCALE
+        waves = waves * scale
         if self.training and self.config.dither:
             noise = torch.randn(waves.shape, generator=generator, device=waves.device)
-            waves = waves.add_(noise, alpha=self.config.dither)
+            waves = waves.add_(noise, alpha=self.config.dither * scale / INT16_SCALE)
         return waves
 
     def _whole_frames(self, samples: Tensor) -> Tensor:
         """Frames before stacking, short clips included."""
+        if self.config.kind == "nemo":
+            return torch.div(samples - self.fft_size % 2, self.shift, rounding_mode="floor").clamp(min=0)
         if self.config.kind == "log_mel":
             frames = torch.div(samples, self.shift, rounding_mode="floor")
         else:
@@ -319,17 +364,47 @@ class Frontend(nn.Module):
     def filter_bank(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Log mel energies (B, T, M) of the complete frames of ``waves`` (B, N), scaled to 16 bit."""
         counts = (torch.div(lengths - self.frame, self.shift, rounding_mode="floor") + 1).clamp(min=0)
-        if waves.shape[1] < self.frame:
-            return waves.new_zeros(len(waves), 0, self.config.num_mels), counts
-        total = (waves.shape[1] - self.frame) // self.shift + 1
+
+        def energies(begin: int, end: int) -> Tensor:
+            frames = kaldi_spectrum_frames(waves[:, begin:end], self.window, self.shift)
+            return log_energies(frames, self.fft_size, self.mel)
+
+        return self._in_blocks(waves, self.frame, energies), counts
+
+    def centred_mel(self, waves: Tensor, filled: Tensor, final: bool | Tensor) -> tuple[Tensor, Tensor]:
+        """NeMo's log mel energies (B, T, M) of streams, and how many of them there are (B,).
+
+        Args:
+            waves: (B, N) samples, of which ``filled`` (B,) are there. A stream begins with ``lead`` zeros,
+                and what is kept of it begins at a multiple of the hop.
+            final: whether the streams end here: then frames may reach behind their ends.
+        """
+        size = self.frame + 1
+        waves = nn.functional.pad(waves, (0, max(size - self.lead - self.shift, 0)))
+        running = torch.div(filled - size, self.shift, rounding_mode="floor") + 1
+        ending = self._whole_frames(filled - self.lead)
+        final = torch.as_tensor(final, device=filled.device)
+
+        def energies(begin: int, end: int) -> Tensor:
+            frames = nemo_frames(waves[:, begin:end], filled - begin, self.window, self.shift)
+            return nemo_log_energies(frames, self.fft_size, self.mel)
+
+        return self._in_blocks(waves, size, energies), torch.where(final, ending, running).clamp(min=0)
+
+    def _in_blocks(self, waves: Tensor, size: int, energies: Callable[[int, int], Tensor]) -> Tensor:
+        """(B, T, M) of all frames of ``size`` samples, a block at a time on a CPU.
+
+        ``energies`` gives those that lie in the samples from one number up to another.
+        """
+        if waves.shape[1] < size:
+            return waves.new_zeros(len(waves), 0, self.config.num_mels)
+        total = (waves.shape[1] - size) // self.shift + 1
         rows = max(CPU_BLOCK_FRAMES // max(len(waves), 1), 1) if waves.device.type == "cpu" else total
         blocks = []
         for first in range(0, total, rows):
             last = min(first + rows, total) - 1
-            part = waves[:, first * self.shift : last * self.shift + self.frame]
-            frames = kaldi_spectrum_frames(part, self.window, self.shift)
-            blocks.append(log_energies(frames, self.fft_size, self.mel))
-        return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)), counts
+            blocks.append(energies(first * self.shift, last * self.shift + size))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
     def _short_clips(
         self, waves: Tensor, lengths: Tensor, short: Tensor, frames: Tensor, counts: Tensor

@@ -27,6 +27,9 @@ FUNASR = FrontendConfig(window="hamming", lfr_m=7, lfr_n=6)
 SMALL = FrontendConfig(window="hamming", num_mels=40, lfr_m=5, lfr_n=4)
 WENET = FrontendConfig()
 WHISPER = FrontendConfig(kind="log_mel")
+NEMO = FrontendConfig(kind="nemo", fft_size=512)
+NEMO_OFFLINE = FrontendConfig(kind="nemo", num_mels=64, frame_ms=20.0, normalize="per_feature")
+ODD = FrontendConfig(kind="nemo", num_mels=20, frame_ms=20.0625, fft_size=601, window="hamming", low_hz=50.0)
 
 
 def speech(samples, seed=0, level=0.1):
@@ -86,6 +89,36 @@ def test_whisper_log_mel_equals_the_definition_with_zeros_after_the_clip(samples
     torch.testing.assert_close(single(frontend, wave), want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("config", [NEMO, NEMO_OFFLINE, ODD], ids=["streaming", "offline", "odd"])
+@given(samples=st.integers(0, 4000))
+@settings(max_examples=25, deadline=None)
+def test_nemo_features_by_their_definition(config, samples):
+    frontend, wave = Frontend(config), speech(samples, seed=samples)
+    emphasised = wave.clone()
+    emphasised[1:] -= 0.97 * wave[:-1]
+    size, fft = config.frame_samples, frontend.fft_size
+    make = torch.hamming_window if config.window == "hamming" else torch.hann_window
+    spectrum = torch.stft(
+        torch.nn.functional.pad(emphasised, (0, fft)),
+        fft,
+        160,
+        size,
+        make(size, periodic=False),
+        center=True,
+        pad_mode="constant",
+        return_complex=True,
+    )
+    low, high = config.band
+    mel = librosa.filters.mel(sr=16000, n_fft=fft, n_mels=config.num_mels, fmin=low, fmax=high)
+    rows = max((samples + 2 * (fft // 2) - fft) // 160, 0)
+    want = (torch.tensor(mel) @ spectrum.abs().square() + 2**-24).log().T[:rows]
+    if config.normalize == "per_feature" and rows:
+        deviation = want.std(0) if rows > 1 else torch.zeros(config.num_mels)
+        want = (want - want.mean(0)) / (deviation + 1e-5)
+    assert frontend.num_frames(samples) == rows
+    torch.testing.assert_close(single(frontend, wave), want, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize(("mels", "fft", "rate"), [(80, 400, 16000), (128, 400, 16000), (80, 1024, 24000)])
 def test_slaney_filters_equal_librosa(mels, fft, rate):
     want = librosa.filters.mel(sr=rate, n_fft=fft, n_mels=mels)
@@ -93,7 +126,9 @@ def test_slaney_filters_equal_librosa(mels, fft, rate):
 
 
 @pytest.mark.parametrize(
-    "config", [FUNASR, SMALL, WENET, WHISPER], ids=["funasr", "small", "wenet", "whisper"]
+    "config",
+    [FUNASR, SMALL, WENET, WHISPER, NEMO, NEMO_OFFLINE],
+    ids=["funasr", "small", "wenet", "whisper", "nemo", "nemo_offline"],
 )
 @given(lengths=st.lists(st.integers(0, 6000), min_size=1, max_size=5), data=st.data())
 @settings(max_examples=25, deadline=None)
@@ -141,7 +176,10 @@ def cut(length, sizes):
 sizes = st.lists(st.integers(0, 1500), min_size=1, max_size=6).filter(lambda s: sum(s) > 200)
 
 
-@pytest.mark.parametrize("config", [FUNASR, SMALL, WENET], ids=["funasr", "small", "wenet"])
+STREAMS = {"funasr": FUNASR, "small": SMALL, "wenet": WENET, "nemo": NEMO, "odd": ODD}
+
+
+@pytest.mark.parametrize("config", STREAMS.values(), ids=STREAMS)
 @given(length=st.integers(0, 6000), sizes=sizes)
 @settings(max_examples=50, deadline=None)
 def test_a_stream_equals_the_file_for_every_chunking(config, length, sizes):
@@ -162,7 +200,7 @@ def test_a_stream_equals_the_file_for_every_chunking(config, length, sizes):
 @given(lengths=st.lists(st.integers(0, 5000), min_size=2, max_size=4), data=st.data())
 @settings(max_examples=25, deadline=None)
 def test_streams_of_a_batch_begin_and_end_on_their_own(lengths, data):
-    frontend = Frontend(SMALL)
+    frontend = Frontend(data.draw(st.sampled_from([SMALL, NEMO])))
     waves = [speech(n, seed=row) for row, n in enumerate(lengths)]
     edges = [cut(n, data.draw(sizes)) for n in lengths]
     outputs = [[] for _ in lengths]
@@ -182,8 +220,9 @@ def test_streams_of_a_batch_begin_and_end_on_their_own(lengths, data):
         torch.testing.assert_close(torch.cat(outputs[row]), want, atol=1e-5, rtol=1e-5)
 
 
-def test_a_finished_stream_begins_anew_and_states_can_be_regrouped():
-    frontend = Frontend(FUNASR)
+@pytest.mark.parametrize("config", [FUNASR, NEMO], ids=["funasr", "nemo"])
+def test_a_finished_stream_begins_anew_and_states_can_be_regrouped(config):
+    frontend = Frontend(config)
     waves = torch.stack([speech(3000, seed=1), speech(3000, seed=2)])
     lengths = torch.tensor([3000, 3000])
     _, _, state = frontend.step(waves, lengths, frontend.init_state(2), torch.tensor([True, False]))
@@ -228,8 +267,9 @@ def test_features_stay_float32_under_half_and_autocast():
     assert not frontend.state_dict()
 
 
-def test_dither_is_seeded_and_only_in_training():
-    frontend = Frontend(FrontendConfig(dither=1.0))
+@pytest.mark.parametrize(("kind", "least"), [("fbank", -5), ("nemo", -16.6)])
+def test_dither_is_seeded_and_only_in_training(kind, least):
+    frontend = Frontend(FrontendConfig(kind=kind, dither=1.0))
     wave = torch.zeros(1, 4000)
     length = torch.tensor([4000])
 
@@ -238,20 +278,21 @@ def test_dither_is_seeded_and_only_in_training():
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
-    assert draw(1).mean() > -5  # noise of one 16-bit step
+    assert draw(1).mean() > least  # noise of one 16-bit step
     frontend.eval()
     assert torch.equal(draw(1), draw(2))
 
 
-def test_blocks_of_the_spectrum_do_not_show(monkeypatch):
+@pytest.mark.parametrize("config", [FUNASR, NEMO], ids=["funasr", "nemo"])
+def test_blocks_of_the_spectrum_do_not_show(config, monkeypatch):
     waves, lengths = torch.stack([speech(9000, seed=1), speech(9000, seed=2)]), torch.tensor([9000, 8000])
-    want = Frontend(FUNASR)(waves, lengths)[0]
+    want = Frontend(config)(waves, lengths)[0]
     monkeypatch.setattr("nar_speech.features.CPU_BLOCK_FRAMES", 14)
-    torch.testing.assert_close(Frontend(FUNASR)(waves, lengths)[0], want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(Frontend(config)(waves, lengths)[0], want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [FUNASR, WENET, WHISPER])
+@pytest.mark.parametrize("config", [FUNASR, WENET, WHISPER, NEMO_OFFLINE])
 def test_cuda_equals_cpu(config):
     waves, lengths = torch.stack([speech(9000, seed=1), speech(9000, seed=2)]), torch.tensor([9000, 300])
     want, rows = Frontend(config)(waves, lengths)
@@ -260,9 +301,10 @@ def test_cuda_equals_cpu(config):
     torch.testing.assert_close(got.cpu(), want, atol=2e-3, rtol=1e-3)
 
 
-def test_log_mel_can_not_stream():
+@pytest.mark.parametrize("config", [WHISPER, NEMO_OFFLINE], ids=["log_mel", "normalised"])
+def test_what_needs_the_whole_utterance_can_not_stream(config):
     with pytest.raises(ConfigError, match="whole utterance"):
-        Frontend(WHISPER).init_state(1)
+        Frontend(config).init_state(1)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +315,9 @@ def test_log_mel_can_not_stream():
         ({"kind": "log_mel", "window": "povey"}, "log_mel uses hann"),
         ({"kind": "log_mel", "dither": 1.0}, "dither"),
         ({"dither": -1.0}, "dither"),
+        ({"fft_size": 512}, "only kind nemo"),
+        ({"normalize": "per_feature"}, "only kind nemo"),
+        ({"kind": "nemo", "fft_size": 399}, "fft_size: got 399"),
         ({"lfr_m": 2, "lfr_n": 3}, "lfr_n <= lfr_m"),
         ({"low_hz": 9000.0}, "filters from"),
         ({"num_mels": 0}, "num_mels"),

@@ -366,7 +366,7 @@ class PrefixBeamSearch:
         return output
 
     def prune(self, margin: float) -> None:
-        """Drop prefixes that are, with context and LM, less probable than the best by more than ``margin``."""
+        """Drop prefixes that are less probable, scorers included, than the best by more than ``margin``."""
         floats = self.floats
         rank = np.logaddexp(floats[BLANK], floats[TOKEN]) + floats[CONTEXT] + floats[LM]
         rank = np.where(self.exists, rank, -np.inf)

@@ -18,6 +18,7 @@ BASE = {
     "compress",
     "config",
     "audio",
+    "spectrum",
     "features",
     "text",
     "metrics",

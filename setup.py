@@ -31,13 +31,31 @@ REQUIRES = [
     "tqdm>=4.66",
 ]
 
-TEST = ["av>=12", "hypothesis>=6.100", "pytest>=8.0", "pytest-timeout>=2.3", "ruff==0.17.*"]
+SERVE = [
+    "fastapi>=0.115",
+    "prometheus-client>=0.20",
+    "python-multipart>=0.0.18",
+    "uvicorn[standard]>=0.50",
+    "websockets>=15",
+]
+
+TEST = [
+    *SERVE,
+    "av>=12",
+    "httpx>=0.27",
+    "hypothesis>=6.100",
+    "openai>=2.0",
+    "pytest>=8.0",
+    "pytest-timeout>=2.3",
+    "ruff==0.17.*",
+    "wyoming>=1.8",
+]
 
 EXTRAS = {
     "av": ["av>=12"],  # m4a, webm, mp4 and other containers that libsndfile can't open
     "k2": ["k2"],  # no wheel on PyPI for new Pythons: see docs/install.md
     "lm": ["kenlm>=0.2", "kaldifst>=1.7", "kaldi-decoder>=0.2"],
-    "serve": ["fastapi>=0.110", "uvicorn[standard]>=0.29", "python-multipart>=0.0.9"],
+    "serve": SERVE,
     "demo": ["gradio>=4.40"],
     "ray": ["ray[data]>=2.30"],
     "tts": ["transformers>=4.45", "phonemizer-fork>=3.3", "pypinyin>=0.51", "jieba>=0.42", "cn2an>=0.5"],
@@ -55,7 +73,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["nar_speech", "nar_speech.*", "recipes", "recipes.*"]),
-    package_data={"nar_speech": ["assets/*", "assets/*/*"]},
+    package_data={"nar_speech": ["assets/*", "assets/*/*", "server/page/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["nar-speech=nar_speech.cli:main"]},

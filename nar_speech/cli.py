@@ -537,11 +537,42 @@ def models(options: argparse.Namespace) -> int:
     return OK if all(check.passed for check in checks) else FAILED
 
 
+def _describe_serve(parser: argparse.ArgumentParser) -> None:
+    from nar_speech.server.command import describe_serve
+
+    describe_serve(parser)
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve transcription: OpenAI HTTP and Realtime, FunASR, Wyoming, plain PCM over WebSocket.
+
+    Runs until SIGTERM or Ctrl-C, then lets open streams finish; docs/serving.md has the protocols.
+    """
+    from nar_speech.server.command import serve as run
+
+    return run(options)
+
+
+def _describe_bench(parser: argparse.ArgumentParser) -> None:
+    from nar_speech.server.command import describe_bench
+
+    describe_bench(parser)
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Measure: live streams held at once, their latency, and the errors of the same run."""
+    from nar_speech.server.command import bench as run
+
+    return run(options)
+
+
 Command = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
 COMMANDS: dict[str, Command] = {
     "transcribe": (_describe_transcribe, transcribe),
     "evaluate": (_describe_evaluate, evaluate),
     "models": (_describe_models, models),
+    "serve": (_describe_serve, serve),
+    "bench": (_describe_bench, bench),
 }
 
 

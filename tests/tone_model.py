@@ -100,7 +100,7 @@ class ToneCollector:
         if any(not word.isascii() for word in settings.get("hotwords", ())):
             raise ConfigError("hotwords: the model's vocabulary can't spell this")
         self.settings = settings
-        self.endpoint = settings.get("endpoint")
+        self.endpoint = settings.get("endpoint") or None
         self.second_pass = settings.get("second_pass")
         self.needed: int | None = 0 if self.second_pass else None
         self.segment, self.last, self.spans = 0, -1, []
@@ -117,7 +117,7 @@ class ToneCollector:
         if heard >= CHUNK // 2:
             if letter >= 0:
                 if not self.speaking and self.endpoint is not None:
-                    events.append(SpeechStarted(start))
+                    events.append(SpeechStarted(max(start - self.endpoint["pad_start"], 0.0)))
                 self.speaking, self.quiet = True, 0
                 if letter != self.last:
                     self.spans.append((letter, start, samples / RATE))
@@ -131,7 +131,7 @@ class ToneCollector:
             self.last = letter
         if final:
             return [*events, *self._close(samples)]
-        if self.speaking and self.endpoint and self.quiet >= self.endpoint["silence"] * RATE - 1:
+        if self.speaking and self.endpoint and self.quiet >= self.endpoint["min_silence"] * RATE - 1:
             events.append(SpeechStopped((samples - self.quiet) / RATE))
             events.append(EndUtterance())
             self.speaking = False
@@ -173,7 +173,7 @@ class ToneBatch:
         return [self.transcript(wave) for wave in waves]
 
     def transcript(self, wave: np.ndarray) -> Transcript:
-        model, collector = ToneModel(), ToneCollector({"endpoint": None})
+        model, collector = ToneModel(), ToneCollector({"endpoint": False})
         for begin in range(0, len(wave), CHUNK):
             part = wave[begin : begin + CHUNK]
             audio = torch.zeros(1, CHUNK)

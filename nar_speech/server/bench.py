@@ -304,17 +304,16 @@ def bench_engine(
         stop.set()
         watcher.join()
         stats = engine.stats()
-    return report(
-        streams,
-        paced,
-        wall,
-        log,
-        memory.values,
-        normalizer,
-        stats.online[model],
+    own = stats.online[model]
+    seen = EngineView(
+        own.latency,
+        own.deadline_misses,
+        own.chunks,
+        sum(own.sizes.values()),
         stats.busy_seconds - busy,
         max(lags),
     )
+    return report(streams, paced, wall, log, memory.values, normalizer, seen)
 
 
 @dataclass(frozen=True)

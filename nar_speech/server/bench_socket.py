@@ -121,6 +121,7 @@ async def speak(
 
     spoken: deque[tuple[Utterance, float]] = deque()  # committed, their text is on its way
     began: list[float] = []  # of the utterance whose first text is awaited
+    problems: list[str] = []
 
     async def listen(socket: Any) -> None:
         async for message in socket:
@@ -133,8 +134,9 @@ async def speak(
                 if utterance.text is not None:
                     log.pairs.append((utterance.text, event["text"]))
             elif event["type"] == "error":
-                log.failed.append(event["error"]["message"])
+                problems.append(event["error"]["message"])
 
+    listener: asyncio.Future = asyncio.get_running_loop().create_future()
     try:
         async with connect(target.socket(), additional_headers=target.headers(), max_queue=256) as socket:
             listener = asyncio.ensure_future(listen(socket))
@@ -156,7 +158,11 @@ async def speak(
             await socket.send('{"type": "finish"}')
             await asyncio.wait_for(listener, END_SECONDS)
     except (OSError, WebSocketException, asyncio.TimeoutError) as error:
-        log.failed.append(f"{type(error).__name__}: {error}")
+        problems.append(f"{type(error).__name__}: {error}")
+    finally:
+        listener.cancel()
+        await asyncio.gather(listener, return_exceptions=True)
+    log.failed.extend(problems[:1])  # the first one tells why
 
 
 def bench_server(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nar_speech.engine import Final, Partial
@@ -10,6 +10,8 @@ from nar_speech.pipelines.writers import join_texts
 from nar_speech.server.api_error import bad_request
 
 MAX_SILENCE, MAX_PADDING = 10.0, 5.0  # seconds
+LEAST_THRESHOLD = 0.01  # of the engine's rules
+PAD_END = 0.1  # seconds after the last speech that still count as speech
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,20 @@ class Wish:
 def session_settings(wish: Wish, batch_key: str | None) -> dict[str, Any]:
     """Settings of a session of an ASR stream model, as plain data.
 
+    ``endpoint`` is that of :class:`nar_speech.engine.speech.WithVad`: rules, or False.
+
     Args:
         batch_key: the model's offline half in the engine.
     """
-    settings: dict[str, Any] = {"endpoint": None if wish.endpoint is None else asdict(wish.endpoint)}
+    settings: dict[str, Any] = {"endpoint": False}
+    if wish.endpoint is not None:
+        silence = wish.endpoint.silence
+        settings["endpoint"] = {
+            "threshold": max(wish.endpoint.threshold, LEAST_THRESHOLD),
+            "min_silence": silence,
+            "pad_start": wish.endpoint.prefix,
+            "pad_end": min(PAD_END, silence),
+        }
     if wish.language is not None:
         settings["language"] = wish.language
     if wish.hotwords or wish.hints:

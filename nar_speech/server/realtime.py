@@ -267,12 +267,12 @@ class Conversation:
         """The open item; where the server finds utterances, the client hears when one begins."""
         if self.item is None:
             self.item = Item()
-        endpoint = self.config.endpoint()
-        if endpoint is not None and not self.item.started:
+        if self.config.turn is not None and not self.item.started:
             self.item.started = True
-            begin = max(self.base + time - endpoint.prefix, 0.0)
             await self._send(
-                "input_audio_buffer.speech_started", audio_start_ms=round(1000 * begin), item_id=self.item.id
+                "input_audio_buffer.speech_started",
+                audio_start_ms=round(1000 * (self.base + time)),
+                item_id=self.item.id,
             )
         return self.item
 

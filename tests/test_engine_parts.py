@@ -1,6 +1,7 @@
 """Parts of the streaming engine by themselves: audio that waits, sessions, slots, batched steps."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -261,6 +262,26 @@ def test_reading_pristine_rows_begins_anew_except_for_what_is_carried():
     assert got.frames.tolist() == [1, 0, 2]
     assert got.hidden[:, 0].tolist() == [1, 0, 2]
     assert got.total.tolist() == [10, 12, 0]
+
+
+class SharedMemory(ToyStream):
+    """Makes two fields of one tensor, and one of a single value."""
+
+    def init_state(self, slots):
+        state = super().init_state(slots)
+        return replace(state, frames=state.total, hidden=torch.zeros(1, self.width).expand(slots, -1))
+
+
+def test_fields_made_of_one_tensor_get_memory_of_their_own():
+    store = SlotStore(SharedMemory(), 20)
+    slots = [store.acquire() for _ in range(10)]  # grows meanwhile
+    state = ToyStream().init_state(1)
+    state.frames.fill_(7)
+    state.hidden.fill_(1)
+    store.put(slots[4], state)
+    assert store.state.frames.sum() == 7
+    assert store.state.total.sum() == 0
+    assert store.state.hidden.sum() == store.model.width
 
 
 def test_a_state_that_does_not_fit_is_refused():

@@ -199,7 +199,8 @@ class Core:
         stream.slot = lane.store.acquire()
         prepare = getattr(lane.model, "prepare", None)
         if prepare is not None:
-            lane.store.put(stream.slot, prepare(stream.options))
+            with lane.stepper.on_stream():
+                lane.store.put(stream.slot, prepare(stream.options))
             stream.new = stream.fresh = False
 
     # Steps.
@@ -364,7 +365,7 @@ class Core:
         if not meta.new:
             stream.slot = lane.store.acquire()
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), lane.stepper.on_stream():
                     lane.store.restore(stream.slot, snapshot.state)
             except BaseException:
                 lane.store.release(stream.slot)
@@ -385,7 +386,7 @@ class Core:
         if stream is None or stream.closed or session._cancelled:
             raise SessionClosed(f"session {session.id}: is over; a snapshot needs an open one")
         lane, history = stream.lane, stream.history
-        with torch.inference_mode():
+        with torch.inference_mode(), lane.stepper.on_stream():
             state = {} if stream.new else lane.store.export(stream.slot.row)
         collected = stream.collector.export()
         inbox = session._export(close=not keep)

@@ -117,9 +117,11 @@ class EndpointState:
     @classmethod
     def begin(cls, rules: Sequence[EndpointRules], device: torch.device | str = "cpu") -> EndpointState:
         """Streams that begin, one for each of the rules."""
-        zeros = torch.zeros(len(rules), dtype=torch.int64, device=device)
-        none = torch.full_like(zeros, -1)
-        return cls(RuleRows.of(rules, device), zeros, none, none, zeros.bool(), zeros)
+
+        def rows(value: int) -> Tensor:
+            return torch.full((len(rules),), value, dtype=torch.int64, device=device)
+
+        return cls(RuleRows.of(rules, device), rows(0), rows(-1), rows(-1), rows(0).bool(), rows(0))
 
 
 def endpoint_step(

@@ -6,6 +6,7 @@ scatters the states; values come in through static tensors. The same code runs e
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -174,6 +175,10 @@ class Stepper:
         self._hosts: dict[int, list[Tensor]] = {}
         self._pool: Any = None
 
+    def on_stream(self) -> contextlib.AbstractContextManager:
+        """Do whatever touches the store in the same CUDA stream as the steps, so that it keeps its turn."""
+        return torch.cuda.stream(self.stream) if self.cuda else contextlib.nullcontext()
+
     def staging(self, size: int) -> Staging:
         """Host memory for the next batch of ``size`` rows, all padding; :meth:`launch` it before the next."""
         stages = self._staging.setdefault(size, [])
@@ -208,7 +213,7 @@ class Stepper:
             pool = self._hosts.setdefault(staging.size, [])
             host = pool.pop() if pool else torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
             host.copy_(packed, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(blocking=True)  # waiting for it leaves the core to other threads
             done.record(self.stream)
         return PendingOnDevice(self._packing, host, done, pool)
 
@@ -220,6 +225,8 @@ class Stepper:
             ConfigError: the model's state does not fit, or ``graphs`` is ``on`` and a capture fails.
         """
         self._check(min(sizes))
+        if self.cuda:
+            torch.cuda.synchronize(self.device)  # weights and states were made in the default stream
         seconds = {}
         for size in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
             if self.cuda and self.graphs != "off":

@@ -43,7 +43,7 @@ class SlotStore:
         self.model, self.capacity = model, capacity
         grows = torch.device(model.device).type == "cpu"
         self.size = min(SMALLEST, capacity) if grows else capacity
-        self.state = model.init_state(self.size + RESERVED)
+        self.state = _own(model.init_state(self.size + RESERVED))
         names = [name for name, _ in states.named_tensors(self.state)]
         carried = tuple(getattr(model, "carried", ()))
         wrong = [c for c in carried if not any(_is_part(name, c) for name in names)]
@@ -154,7 +154,7 @@ class SlotStore:
         size = min(2 * self.size, self.capacity)
         if size <= self.size:
             raise EngineBusy(f"all {self.capacity} slots of the model are taken; try again later")
-        grown = self.model.init_state(size + RESERVED)
+        grown = _own(self.model.init_state(size + RESERVED))
         states.map_state(lambda new, old: new[: len(old)].copy_(old), grown, self.state)
         self._free += range(size + RESERVED - 1, self.size + RESERVED - 1, -1)
         self._generations += [0] * (size - self.size)
@@ -176,6 +176,20 @@ def finite_rows(parts: Iterable[Any], rows: int, device: torch.device) -> Tensor
     if not sums:
         return torch.ones(rows, dtype=torch.bool, device=device)
     return torch.stack(sums).isfinite().all(0)
+
+
+def _own(state: Any) -> Any:
+    """The state with memory of its own for every tensor: fields may have been made from one tensor."""
+    seen: set[int] = set()
+
+    def own(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place in seen or not tensor.is_contiguous():
+            return tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(place)
+        return tensor
+
+    return states.map_state(own, state)
 
 
 def _is_part(name: str, prefix: str) -> bool:

@@ -35,7 +35,7 @@ from nar_speech.text.normalize import get_normalizer
 WEIGHTS = (0.3, 0.45, 0.6)
 BONUSES = (0.5, 1.0, 2.0)
 STEPS = {  # tried one after the other, around the best so far
-    "prior_weight": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
+    "prior_weight": (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7),
     "unknown_word": (-3.0, -2.0, -1.5, -1.0, -0.6),
     "lm_weight": (-0.1, 0.1),
     "word_bonus": (-0.5, 0.5),

@@ -26,7 +26,7 @@ from nar_speech.text.normalize import normalize_english
 
 PROMPT = ["<|startoftranscript|>", "<|notimestamps|>"]
 WINDOW = 480000  # samples of 30 s
-NOT_JUDGED = ("table", "fsdd")  # single digits of half a second: a window of 30 s each is not worth it
+NOT_JUDGED = ("table", "fsdd", "wake_words")  # single words: a window of 30 s each is not worth it
 MOST_DIFFERENT = 0.34  # word error rate of the teacher against the reference
 
 

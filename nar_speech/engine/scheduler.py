@@ -48,28 +48,22 @@ class Batch:
     size: int
 
 
-@dataclass(order=True)
-class _Entry:
-    deadline: float
-    number: int
-    stream: Hashable = field(compare=False)
-
-
 @dataclass
 class _Queue:
     """The ready streams of one model."""
 
     sizes: tuple[int, ...]
     useful: int
-    heap: list[_Entry] = field(default_factory=list)
-    entries: dict[Hashable, _Entry] = field(default_factory=dict)
+    heap: list[tuple[float, int, Hashable]] = field(default_factory=list)  # deadline, number, stream
+    numbers: dict[Hashable, int] = field(default_factory=dict)  # of those that wait; others in heap are gone
     open: int = 0
     since: float = 0.0  # since when streams wait without a break
     passed: int = 0  # times in a row that another model was taken although this one had ready streams
     costs: dict[int, float] = field(default_factory=dict)
 
-    def head(self) -> _Entry | None:
-        while self.heap and self.entries.get(self.heap[0].stream) is not self.heap[0]:
+    def head(self) -> tuple[float, int, Hashable] | None:
+        """The entry with the earliest deadline."""
+        while self.heap and self.numbers.get(self.heap[0][2]) != self.heap[0][1]:
             heapq.heappop(self.heap)
         return self.heap[0] if self.heap else None
 
@@ -117,20 +111,19 @@ class Scheduler:
     def add(self, name: str, stream: Hashable, deadline: float, now: float) -> None:
         """A stream is ready. It must not be in the queue already."""
         queue = self._queues[name]
-        if not queue.entries:
+        if not queue.numbers:
             queue.since = now
         self._number += 1
-        entry = _Entry(deadline, self._number, stream)
-        queue.entries[stream] = entry
-        heapq.heappush(queue.heap, entry)
+        queue.numbers[stream] = self._number
+        heapq.heappush(queue.heap, (deadline, self._number, stream))
 
     def discard(self, name: str, stream: Hashable) -> None:
         """Take a stream out, if it is in."""
-        self._queues[name].entries.pop(stream, None)
+        self._queues[name].numbers.pop(stream, None)
 
     def ready(self, name: str) -> int:
         """Streams that wait."""
-        return len(self._queues[name].entries)
+        return len(self._queues[name].numbers)
 
     def observe(self, name: str, size: int, seconds: float) -> None:
         """Learn what a step of ``size`` rows took."""
@@ -150,11 +143,11 @@ class Scheduler:
             if head is None:
                 queue.passed = 0
                 continue
-            delay = self._delay(queue, head, now)
+            delay = self._delay(queue, head[0], now)
             if delay > 0:
                 wait = delay if wait is None else min(wait, delay)
                 continue
-            key = (queue.passed < len(self._queues), head.deadline, name)
+            key = (queue.passed < len(self._queues), head[0], name)
             chosen = key if chosen is None else min(chosen, key)
         if chosen is None:
             return wait
@@ -162,25 +155,25 @@ class Scheduler:
             queue.passed = 0 if name == chosen[2] else queue.passed + (queue.head() is not None)
         return self._take(chosen[2])
 
-    def _delay(self, queue: _Queue, head: _Entry, now: float) -> float:
+    def _delay(self, queue: _Queue, deadline: float, now: float) -> float:
         """How much longer to wait for more streams."""
-        count = len(queue.entries)
+        count = len(queue.numbers)
         if count >= min(queue.useful, queue.open):
             return 0.0
         near = 2 * queue.cost(queue.size_for(count)) + self.fill_wait
-        if head.deadline - now <= near:
+        if deadline - now <= near:
             return 0.0
         return queue.since + self.fill_wait - now
 
     def _take(self, name: str) -> Batch:
         queue = self._queues[name]
-        size = queue.size_for(len(queue.entries))
+        size = queue.size_for(len(queue.numbers))
         streams = []
         while len(streams) < size:
             head = queue.head()
             if head is None:
                 break
             heapq.heappop(queue.heap)
-            del queue.entries[head.stream]
-            streams.append(head.stream)
+            del queue.numbers[head[2]]
+            streams.append(head[2])
         return Batch(name, streams, size)

@@ -152,8 +152,8 @@ Where it comes from: {source}
 
 Good for: read and dictated English, commands and prompts, on a small processor, without a download. Not good
 for: single words of less than a second (the verifier sometimes repeats them; `--no-verify` is better), noisy
-rooms, several speakers at once, rare names. The training data is mostly read speech and synthetic voices, with
-many Mandarin speakers and children.
+rooms, several speakers at once, rare names. The training data is mostly read speech and synthetic voices,
+with many Mandarin speakers and children.
 
 Word error rates in per cent (95 % interval):
 

@@ -132,7 +132,8 @@ class Conversation:
         self.peer, self.who, self.outcome, self.model = peer, who, outcome, model
         self.service = peer.service
         self.config = Config()
-        self.speaking = False
+        self.busy = False  # whether an utterance is being recognised
+        peer.works = lambda: self.busy or self.utterance is not None
         self.seconds = 0.0
         self.complained = False  # about audio that is not PCM
         self.utterance: _Live | _File | None = None
@@ -170,14 +171,12 @@ class Conversation:
 
     async def _control(self, body: dict[str, Any]) -> None:
         self.config = self.config.updated(body)
-        speaking = body.get("is_speaking", True) is not False and not body.get("is_finished")
-        if speaking:
-            self.speaking = True
+        if body.get("is_speaking", True) is not False and not body.get("is_finished"):
             return
         utterance, self.utterance = self.utterance, None
         if utterance is None:
             utterance = _Nothing(self, self.config)
-        self.speaking, self.complained = False, False
+        self.complained = False
         utterance.acknowledge = bool(body.get("is_end"))
         await utterance.finish()
         utterance.ended.set()
@@ -209,7 +208,7 @@ class Conversation:
     async def pump(self) -> None:
         """Tell the client the results, utterance after utterance."""
         while (utterance := await self._utterances.get()) is not None:
-            error = utterance.config.error
+            error, self.busy = utterance.config.error, True
             try:
                 await utterance.tell()
             except ApiError as failure:
@@ -218,6 +217,7 @@ class Conversation:
                 error = failure.message
                 await self._say(utterance.config, utterance.config.mode, "", True, error=error)
             finally:
+                self.busy = False
                 await utterance.close()
             await utterance.ended.wait()
             self.seconds += utterance.seconds
@@ -304,7 +304,7 @@ class _Live:
         await self.holder.aclose()
 
     async def tell(self) -> None:
-        """Results as they come. The last one is held back until it is known that it is the last."""
+        """Results as they come; after the end of the audio each is held until the next one comes."""
         mode = self.config.mode
         async for event in self.stream.events():
             if isinstance(event, Partial):
@@ -345,6 +345,8 @@ class _Live:
     async def _result(self, body: dict[str, Any]) -> None:
         await self._release()
         self.held = body
+        if not self.ended.is_set():
+            await self._release()
 
     async def _release(self) -> None:
         held, self.held = self.held, None

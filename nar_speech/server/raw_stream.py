@@ -75,6 +75,7 @@ def parse_query(query: Any, entry: ModelEntry) -> tuple[AudioIn, Wish]:
 
 async def _talk(peer: Peer, stream: LiveStream, entry: ModelEntry, outcome: Outcome) -> None:
     outcome.fields["model"] = entry.id
+    peer.works = lambda: True  # the engine ends a stream that is idle
 
     async def read() -> None:
         patience = Patience()

@@ -85,6 +85,7 @@ class Conversation:
         self.peer, self.who, self.outcome, self.config = peer, who, outcome, config
         self.service = peer.service
         self.id = new_id("sess")
+        peer.works = lambda: self.stream is not None
         self.stream: LiveStream | None = None
         self.entry: ModelEntry | None = None
         self.two_pass = False
@@ -96,6 +97,7 @@ class Conversation:
         self.previous: str | None = None
         self._holder = contextlib.AsyncExitStack()
         self._streams: asyncio.Queue[LiveStream | None] = asyncio.Queue()
+        self._late: set[asyncio.Task] = set()
         self._through = asyncio.Event()  # all events of the open stream were handled
 
     async def run(self) -> None:
@@ -186,7 +188,8 @@ class Conversation:
             self.pending.remove(item)
             item.ended = True
             task = asyncio.ensure_future(self._complete(item))
-            task.add_done_callback(lambda t: t.cancelled() or t.exception())
+            self._late.add(task)
+            task.add_done_callback(lambda t: (self._late.discard(t), t.cancelled() or t.exception()))
 
     async def _clear(self) -> None:
         await self._end_stream(cancel=not self.pending and not self.waiting)

@@ -286,7 +286,7 @@ class Service:
                 if peer.blocked is not None and now - peer.blocked > self.settings.stall_seconds:
                     self.metrics.slow_readers.labels(peer.api).inc()
                     peer.abort("slow_reader")
-                elif now - peer.heard > self.settings.idle_seconds + IDLE_GRACE:
+                elif now - peer.heard > self.settings.idle_seconds + IDLE_GRACE and not peer.works():
                     peer.abort("idle")
 
     @asynccontextmanager

@@ -19,10 +19,9 @@ from nar_speech.server.api_error import NORMAL, RESTART, ApiError, told
 from nar_speech.server.auth import SUBPROTOCOL, Identity
 from nar_speech.server.logs import logger
 from nar_speech.server.service import Outcome, Service
-from nar_speech.server.stream import LiveStream
 
 FLUSH_SECONDS = 5.0  # for the last events of a stream that the server ends
-CLOSE_SECONDS = 2.0
+CLOSE_SECONDS, ABORT_SECONDS = 2.0, 12.0
 MAX_BAD_MESSAGES = 50  # in a row
 GOING_AWAY = 1001
 FATAL = (401, 408, 413, 429, 503)  # errors after which a connection is closed
@@ -52,6 +51,7 @@ class Peer:
         self.reader: asyncio.Task | None = None
         self.stopped = False
         self.cut = ""  # why the watchdog cut it off
+        self.works: Callable[[], bool] = lambda: False  # whether it rightly waits without sending
         self._sending = asyncio.Lock()
 
     async def send(self, body: dict[str, Any]) -> None:
@@ -94,15 +94,20 @@ class Peer:
         short = reason.encode()[:120].decode(errors="ignore")
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self.websocket.close(code, short), CLOSE_SECONDS)
+        # A client that does not read would never take the last bytes.
+        asyncio.get_running_loop().call_later(ABORT_SECONDS, self._abort_transport)
 
     def abort(self, why: str) -> None:
         """Cut the connection without a word: the client would not read it."""
         self.cut = why
+        self._abort_transport()
+        if self.reader is not None:
+            self.reader.cancel()
+
+    def _abort_transport(self) -> None:
         abort = self.websocket.scope.get("state", {}).get("abort")
         if abort is not None:
             abort()
-        if self.reader is not None:
-            self.reader.cancel()
 
     def interrupt(self) -> None:
         """The server ends: stop reading, so that what was said can be finished."""
@@ -136,6 +141,8 @@ async def serve(
         await websocket.accept(subprotocol=chosen)
         with service.watch(api, "websocket") as outcome, service.connected(peer):
             try:
+                if len(service.peers) > service.settings.max_connections:
+                    raise service.busy("connections")
                 who = service.keyring.anonymous if open_to_all else service.identify(websocket)
                 outcome.fields["key"] = who.name
                 service.admit(who, api)
@@ -245,16 +252,3 @@ class Patience:
     def regain(self) -> None:
         """A good message came."""
         self.bad = 0
-
-
-async def forget(stream: LiveStream | None) -> None:
-    """Cancel a stream and wait until the engine has let it go."""
-    if stream is not None and not stream.closed:
-        stream.cancel()
-        with contextlib.suppress(ApiError, asyncio.TimeoutError):
-            await asyncio.wait_for(_drain(stream), CLOSE_SECONDS)
-
-
-async def _drain(stream: LiveStream) -> None:
-    async for _ in stream.events():
-        pass

@@ -145,9 +145,7 @@ class LiveStream:
         self.service.metrics.audio_seconds.labels(self.api).inc(seconds)
 
     def _ended(self) -> ApiError:
-        with self._lock:
-            last = [event for event in self._events if isinstance(event, Closed | Failed)]
-        reason = getattr(last[-1], "reason", "failed") if last else "closed"
+        reason = self._session.closed or "finished"
         return ApiError(400, f"the stream has ended ({reason}); open a new one", "stream_closed")
 
     # Called by the engine's fan-out thread.

@@ -147,6 +147,7 @@ class Upload:
         finally:
             for _, future in waiting:
                 future.cancel()
+            pieces.close()  # and with it the reader of the file
 
     async def _submit(self, samples: np.ndarray) -> asyncio.Future:
         """Give a piece to the engine, waiting for room as long as a client would."""

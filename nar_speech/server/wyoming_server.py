@@ -128,6 +128,10 @@ class WyomingPeer:
         self.work: _Live | _Whole | None = None
         self._task: asyncio.Task | None = None
 
+    def works(self) -> bool:
+        """Reading has a time limit of its own."""
+        return True
+
     def abort(self, why: str) -> None:
         """Cut the connection."""
         self.writer.transport.abort()

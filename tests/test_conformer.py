@@ -182,6 +182,7 @@ def test_too_few_features():
 
 CONFS = {
     "conformer": SMALL,
+    "fastconformer": {"d_model": 16, "n_heads": 2, "n_layers": 2, "subsampling_conv_channels": 8},
     "sanm": {"output_size": 16, "attention_heads": 2, "linear_units": 24, "num_blocks": 2},
     "whisper": {"output_size": 16, "attention_heads": 2, "linear_units": 24, "num_blocks": 2},
 }

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nar_speech.errors import InputError
+from nar_speech.models.ctc_stream import frame_candidates
 from nar_speech.search.ctc import ContextGraph, greedy, prefix_beam
-from nar_speech.search.ctc_stream import BeamStream, GreedyStream, frame_candidates
+from nar_speech.search.ctc_stream import BeamStream, GreedyStream
 from nar_speech.search.word_lm import TokenLm
 from nar_speech.text.kneser_ney import choose_vocabulary, estimate
 

@@ -327,7 +327,7 @@ class ConformerEncoder(nn.Module):
         mask = valid.unsqueeze(1)
         if chunk_size is None:
             chunk_size, left_chunks = self._policy(frames, left_chunks)
-        if 0 < chunk_size < frames:
+        if chunk_size > 0 and (first_chunk or chunk_size) < frames:
             mask = mask & chunk_mask(frames, chunk_size, left_chunks, x.device, first_chunk)
         for number, layer in enumerate(self.encoders, start=1):
             x = layer(x, mask, positions, valid, official_padding)

@@ -117,7 +117,7 @@ class RelativeAttention(Attention):
         They depend on the weights and on two sizes only, so outside of training they are remembered: a step
         has few frames, and projecting the distances would cost as much as the frames themselves.
         """
-        key = id(self.linear_pos), queries, keys, like.dtype, like.device
+        key = self.linear_pos, queries, keys, like.dtype, like.device
         if torch.is_grad_enabled() or self.training:
             return self.project(distance_codes(queries, keys, like))
         if key not in self._tables:

@@ -1,54 +1,22 @@
 """CTC decoding of streams: what has been heard of an utterance is carried from chunk to chunk.
 
-A step on the device ends with :func:`frame_candidates`, which makes the scores of a chunk small enough to be
-read back. On the host each stream has a :class:`GreedyStream` or a :class:`BeamStream`, one per utterance:
-fed with any chunks they find what :func:`nar_speech.search.ctc.greedy` and
-:func:`nar_speech.search.prefix_beam.prefix_beam` find in all frames at once.
+A step on the device ends with the best few symbols of each frame, which are read back. On the host each
+stream has a :class:`GreedyStream` or a :class:`BeamStream`, one per utterance: fed with any chunks they find
+what :func:`nar_speech.search.ctc.greedy` and :func:`nar_speech.search.prefix_beam.prefix_beam` find in all
+frames at once.
 """
 
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from nar_speech.errors import InputError
 from nar_speech.search.context import ContextGraph
 from nar_speech.search.hypothesis import CtcHypothesis
 from nar_speech.search.prefix_beam import NOTHING, PrefixBeamSearch, Scorer, describe
-
-
-@dataclass(frozen=True)
-class FrameCandidates:
-    """The best symbols of each frame; rows of a batch are streams.
-
-    Attributes:
-        values: (B, U, C) float32 natural log probabilities, best first.
-        symbols: (B, U, C) int64 their ids.
-        blanks: (B, U) float32 log probability of the blank.
-        counts: (B,) int64 frames that are valid.
-    """
-
-    values: Tensor
-    symbols: Tensor
-    blanks: Tensor
-    counts: Tensor
-
-
-def frame_candidates(log_probs: Tensor, lengths: Tensor, count: int = 1, blank: int = 0) -> FrameCandidates:
-    """The ``count`` best symbols of each frame of ``log_probs`` (B, U, V); 1 is enough for greedy search.
-
-    No shape depends on a value and nothing waits for the device.
-    """
-    log_probs = log_probs.float()
-    if count == 1:
-        values, symbols = log_probs.max(-1, keepdim=True)
-    else:
-        values, symbols = log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
-    return FrameCandidates(values, symbols, log_probs[..., blank], lengths)
 
 
 class GreedyStream:

@@ -189,7 +189,7 @@ class Core:
             except Exception as error:
                 self.fail(stream, f"the session could not be begun: {_reason(error)}")
                 return
-        stream.queued = True
+        stream.queued, stream.work = True, work
         stream.due = stream.pace.next(work.arrival, work.ahead)
         self.scheduler.add(lane.name, stream, stream.due, now)
 
@@ -210,9 +210,8 @@ class Core:
         lane, rows = self.lanes[batch.model], []
         for stream in batch.streams:
             stream.queued = False
-            work = None if stream.closed else stream.session._next()
-            if work is not None:
-                stream.busy = True
+            if not stream.closed:
+                stream.busy, work = True, stream.work
                 samples = stream.session._take(work)
                 heard = stream.session._buffer.consumed
                 rows.append(Row(stream, samples, work.final, stream.due, stream.slot, heard))

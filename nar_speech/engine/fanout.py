@@ -91,7 +91,7 @@ class FanOut:
         try:
             if not outlet.deaf or isinstance(event, Closed):
                 outlet.on_event(event)
-        except Exception as error:  # whatever a client's code raises concerns that client only
+        except BaseException as error:  # whatever a client's code raises concerns that client only
             self.errors += 1
             if not outlet.deaf:
                 outlet.deaf = True

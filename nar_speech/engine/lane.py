@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,11 @@ from nar_speech.engine.graphs import Pending, Stepper, stable_sizes
 from nar_speech.engine.model import Collector, SecondPass, SessionOptions
 from nar_speech.engine.options import EngineOptions
 from nar_speech.engine.scheduler import Pace
-from nar_speech.engine.session import Session
+from nar_speech.engine.session import Session, Work
 from nar_speech.engine.slots import Slot, SlotStore
 from nar_speech.engine.stats import OnlineCounters, OnlineStats
+
+logger = logging.getLogger(__name__)
 
 
 class Lane:
@@ -46,6 +49,11 @@ class Lane:
         self.exact = options.exact_batches if options.exact_batches is not None else not cuda
         self.sizes = (stable_sizes(model, wanted) or (1,)) if self.exact else wanted
         self.costs = self.stepper.warm_up(self.sizes)
+        logger.info(
+            "model '%s': %s",
+            name,
+            ", ".join(f"batch {size} {self.costs[size] * 1000:.1f} ms" for size in self.sizes),
+        )
         self.useful = max(self.sizes[0], min(options.useful_batch, self.sizes[-1]))
 
     def stats(self, streams: list[Stream]) -> OnlineStats:
@@ -86,7 +94,7 @@ class Stream:
         release: gives the session's place back when it is closed.
         new, fresh: the stream, the utterance begins with the next step.
         queued, busy: it waits in the scheduler; a step of it is under way.
-        due: deadline of the step it is queued for.
+        work, due: the step it is queued for, and its deadline.
         passes: second passes under way, by a number of their own.
     """
 
@@ -104,6 +112,7 @@ class Stream:
     queued: bool = False
     busy: bool = False
     closed: bool = False
+    work: Work | None = None
     due: float = 0.0
     history: History | None = None
     passes: dict[int, Pass] = field(default_factory=dict)

@@ -223,7 +223,7 @@ class OfflineWorker:
             results = self.models[jobs[0].model].run([j.wave for j in jobs], [j.options for j in jobs])
             if len(results) != len(jobs):
                 raise EngineError(f"batch model gave {len(results)} results for {len(jobs)} segments")
-        except Exception as error:
+        except BaseException as error:  # of a model, in a thread that must live on
             if len(jobs) == 1:
                 counters.failed += 1
                 jobs[0].future.set_exception(error)

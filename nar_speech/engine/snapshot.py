@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from nar_speech.config import from_dict
@@ -114,7 +114,7 @@ class Snapshot:
             raise SnapshotError(
                 f"snapshot: the session's settings or its collector's data are not plain data ({error})"
             ) from error
-        return safetensors.torch.save(tensors, {KEY: text})
+        return save(tensors, {KEY: text})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Snapshot:
@@ -124,7 +124,7 @@ class Snapshot:
             SnapshotError: damaged, of another version, or impossible values.
         """
         try:
-            tensors = safetensors.torch.load(data)
+            tensors = load(data)
             size = int.from_bytes(data[:8], "little")
             tree = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][KEY])
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:

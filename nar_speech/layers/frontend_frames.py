@@ -6,6 +6,7 @@ so that the first one begins before it. (Stacked frames: :mod:`nar_speech.layers
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +91,12 @@ class FrameFrontend:
         front = self.frontend
         if waves.shape[1] != self.width:
             raise InputError(f"stream: a step takes {self.width} samples, got {waves.shape[1]}")
-        with torch.autocast(waves.device.type, enabled=False):
+        device = waves.device.type
+        with (
+            torch.autocast(device, enabled=False)
+            if torch.amp.is_autocast_available(device)
+            else nullcontext()
+        ):
             room = (self.frames - 1) * front.shift + self.size
             buffer, filled = join(state.samples, state.num_samples, waves.float() * self.scale, lengths, room)
             if self.centred:

@@ -237,7 +237,7 @@ class CtcModel(nn.Module):
         return CtcOutput(self.ctc(encoded), lengths, encoded, tuple(intermediate)), state
 
     def _check_streaming(self) -> None:
-        if not hasattr(self.encoder, "step"):
+        if not hasattr(self.encoder, "chunking"):
             raise ConfigError(
                 f"encoder: '{self.config.encoder}' takes no streams; use a causal conformer or fastconformer"
             )

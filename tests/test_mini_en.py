@@ -568,7 +568,7 @@ def test_a_failing_part_leaves_no_marker(tmp_path):
     [
         ("heads", {"encoder.branch", "ctc"}),
         ("joint", {"encoder", "encoder.branch", "ctc", "verifier"}),
-        ("decoder", {"predictor", "decoder"}),
+        ("decoder", {"predictor", "decoder", "verifier"}),
     ],
 )
 def test_training_settings_are_valid(phase, trained):

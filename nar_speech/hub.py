@@ -34,10 +34,10 @@ ALIASES = {  # names that FunASR's users know -> hub repository
 }
 CACHE_VARIABLE = "NAR_SPEECH_CACHE"
 
-Layout = Literal["nar_speech", "funasr", "sensevoice", "wenet"]
+Layout = Literal["nar_speech", "funasr", "sensevoice", "wenet", "nemo"]
 LAYOUTS = (
     "ours (model.yaml + model.safetensors), FunASR and SenseVoice (config.yaml + model.pt),"
-    " WeNet (train.yaml + final.pt)"
+    " WeNet (train.yaml + final.pt), NeMo (a .nemo file)"
 )
 _HUB_ID = re.compile(r"^([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?$")
 _OFFICIAL_FUNASR = (
@@ -86,11 +86,12 @@ def read_card(name: str) -> ModelCard:
 def resolve(
     name: str | Path = "default", cache_dir: str | Path | None = None, offline: bool | None = None
 ) -> Path:
-    """The local folder of a model, downloaded first if need be.
+    """The local folder of a model, or its ``.nemo`` file, downloaded first if need be.
 
     Args:
-        name: ``default`` or another embedded model, a folder, an alias such as ``paraformer-zh``, or a hub
-            id ``org/name`` or ``org/name@revision``. A folder named like a model is given as ``./name``.
+        name: ``default`` or another embedded model, a folder, a ``.nemo`` file, an alias such as
+            ``paraformer-zh``, or a hub id ``org/name`` or ``org/name@revision``. A folder named like a model
+            is given as ``./name``.
         cache_dir: of downloads; default: the environment variable NAR_SPEECH_CACHE, else the hub's own.
         offline: use only what has been downloaded before; default: the environment variable HF_HUB_OFFLINE.
 
@@ -111,6 +112,8 @@ def resolve(
     if text and path.is_dir():
         return path
     if path.is_file():
+        if path.suffix == ".nemo":
+            return path
         raise HubError(f"{text}: is a file; name the model folder it lies in")
     if text.startswith((".", "/", "~")) or isinstance(name, Path):
         raise HubError(f"{text}: no such model folder; check the path")
@@ -127,6 +130,8 @@ def detect(folder: str | Path) -> Layout:
         HubError, ConfigError, CheckpointError: an unknown layout, or something is missing.
     """
     folder = Path(folder)
+    if folder.is_file() and folder.suffix == ".nemo":
+        return "nemo"
     if not folder.is_dir():
         raise HubError(f"{folder}: no such model folder; check the path")
 
@@ -148,6 +153,8 @@ def detect(folder: str | Path) -> Layout:
         return "sensevoice" if model == "SenseVoiceSmall" else "funasr"
     if there("train.yaml"):
         return "wenet"
+    if there("model_config.yaml") or any(folder.glob("*.nemo")):
+        return "nemo"
     if there("model.safetensors"):
         raise HubError(f"{folder}: has model.safetensors but no model.yaml; get the model again")
     weights = next((p.name for p in sorted(folder.iterdir()) if p.suffix in (".pt", ".pb", ".onnx")), None)
@@ -315,9 +322,11 @@ def _load_own(folder: Path) -> LoadedModel:
     with configs.blame(f"{where}: tokenizer"):
         tokenizer = load_tokenizer(file.tokenizer, folder)
     config = configs.from_dict(config_class, file.network, f"{where}: network")
+    # A blank behind the last token, as NeMo has it, is nothing that the tokenizer knows.
+    beside = getattr(config, "blank", 0) == tokenizer.vocab_size
     for name, ours, theirs in (
         ("input_size", config.input_size, frontend.feature_size),
-        ("vocab_size", config.vocab_size, tokenizer.vocab_size),
+        ("vocab_size", config.vocab_size, tokenizer.vocab_size + beside),
     ):
         if ours != theirs:
             # A cut file can still be read in part: say that it is damaged, not that the sizes are wrong.
@@ -364,6 +373,7 @@ def _official_loader(layout: Layout) -> Callable[[Path], tuple]:
         "funasr": Paraformer.from_official,
         "sensevoice": SenseVoice.from_official,
         "wenet": CtcModel.from_official,
+        "nemo": CtcModel.from_official,
     }[layout]
 
 

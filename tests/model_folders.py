@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import string
+import tarfile
 from pathlib import Path
 
 import torch
+import yaml
 
 from nar_speech import config as configs
 from nar_speech.features import FrontendConfig
@@ -16,6 +18,7 @@ from nar_speech.models.paraformer import ParaformerConfig, build_paraformer
 from nar_speech.models.paraformer_official import convert_config
 from nar_speech.models.sensevoice import SenseVoice
 from nar_speech.models.sensevoice import convert_config as convert_sensevoice
+from nar_speech.spectrum import slaney_mel_matrix
 from nar_speech.text.tokenizer import CharTokenizer, train_bpe
 from nar_speech.types import ModelCard
 
@@ -155,6 +158,84 @@ def wenet_folder(folder: Path, seed: int = 0) -> Path:
     torch.save(CtcModel(config).state_dict(), folder / "final.pt")
     (folder / "units.txt").write_text("".join(f"{piece} {i}\n" for i, piece in enumerate(PIECES)))
     return folder
+
+
+FASTCONFORMER = {
+    "n_layers": 2,
+    "d_model": 32,
+    "subsampling": "dw_striding",
+    "subsampling_factor": 4,
+    "subsampling_conv_channels": 8,
+    "causal_downsampling": True,
+    "ff_expansion_factor": 2,
+    "n_heads": 2,
+    "att_context_size": [[8, 3], [8, 0]],
+    "att_context_style": "chunked_limited",
+    "conv_kernel_size": 5,
+    "conv_norm_type": "layer_norm",
+    "conv_context_size": "causal",
+}
+
+
+def nemo_files(folder: Path, seed: int = 0, **changes: object) -> Path:
+    """The unpacked files of a hybrid model of NeMo; ``changes`` replaces sections of its configuration."""
+    folder.mkdir(parents=True)
+    texts = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"] * 4
+    tokenizer = train_bpe(texts, 40, folder / "0a1b_tokenizer.model")
+    size = tokenizer.vocab_size
+    tree = {
+        "sample_rate": 16000,
+        "train_ds": {"manifest_filepath": "???", "sample_rate": "${model.sample_rate}"},
+        "preprocessor": {
+            "_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor",
+            "sample_rate": "${sample_rate}",
+            "normalize": "NA",
+            "window_size": 0.025,
+            "window_stride": 0.01,
+            "window": "hann",
+            "features": 20,
+            "n_fft": 512,
+            "frame_splicing": 1,
+            "dither": 0.00001,
+            "pad_to": 0,
+        },
+        "encoder": {
+            "_target_": "nemo.collections.asr.modules.ConformerEncoder",
+            "feat_in": "${preprocessor.features}",
+            "feat_out": -1,
+            "self_attention_model": "rel_pos",
+            "pos_emb_max_len": 5000,
+            **FASTCONFORMER,
+        },
+        "decoder": {"_target_": "nemo.collections.asr.modules.RNNTDecoder", "vocab_size": size},
+        "aux_ctc": {"decoder": {"num_classes": size, "vocabulary": tokenizer.pieces(range(size))}},
+        "tokenizer": {"dir": "/somewhere/else", "type": "bpe", "model_path": "nemo:0a1b_tokenizer.model"},
+        **changes,
+    }
+    (folder / "model_config.yaml").write_text(yaml.safe_dump(tree))
+    torch.manual_seed(seed)
+    model = CtcModel(CtcConfig(20, size + 1, "fastconformer", FASTCONFORMER, blank=size))
+    tensors = model.state_dict()
+    head = {f"ctc_decoder.decoder_layers.0.{n}": tensors.pop(f"ctc.ctc_lo.{n}") for n in ("weight", "bias")}
+    head["ctc_decoder.decoder_layers.0.weight"].unsqueeze_(2)
+    mel = slaney_mel_matrix(20, 512, 16000, 0.0, 8000.0).float()[None]
+    others = {
+        "decoder.prediction.embed.weight": torch.zeros(size + 1, 4),
+        "joint.enc.weight": torch.zeros(4, 32),
+        "preprocessor.featurizer.fb": mel,
+        "preprocessor.featurizer.window": torch.hann_window(400, periodic=False),
+    }
+    torch.save({**tensors, **head, **others}, folder / "model_weights.ckpt")
+    return folder
+
+
+def nemo_file(path: Path, seed: int = 0, mode: str = "w", **changes: object) -> Path:
+    """The same as a ``.nemo`` archive, ``path`` with this ending."""
+    folder = nemo_files(path.with_name(path.name + "_files"), seed, **changes)
+    path = path.with_name(path.name + ".nemo")
+    with tarfile.open(path, mode) as archive:
+        archive.add(folder, arcname=".")
+    return path
 
 
 def _card(model: str) -> ModelCard:

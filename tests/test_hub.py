@@ -22,6 +22,7 @@ from nar_speech.model_folder import DecodingConfig, read_model_file
 from tests.model_folders import (
     ctc_folder,
     funasr_folder,
+    nemo_file,
     paraformer_folder,
     sensevoice_folder,
     wenet_folder,
@@ -33,6 +34,7 @@ MAKERS = {
     "funasr": funasr_folder,
     "sensevoice": sensevoice_folder,
     "wenet": wenet_folder,
+    "nemo": nemo_file,
 }
 
 
@@ -58,7 +60,7 @@ def test_every_layout_is_detected_loaded_and_run(tmp_path, layout):
     assert transcript.duration == 1.0
 
 
-@pytest.mark.parametrize("layout", ["funasr", "sensevoice", "wenet"])
+@pytest.mark.parametrize("layout", ["funasr", "sensevoice", "wenet", "nemo"])
 def test_an_imported_model_gives_the_same_text(tmp_path, layout):
     official = MAKERS[layout](tmp_path / "official")
     ours = hub.import_model(official, tmp_path / "ours")

@@ -144,7 +144,10 @@ class CtcModel(nn.Module):
 
     @staticmethod
     def from_official(folder: str | Path) -> ModelParts:
-        """Read a WeNet folder (``final.pt``, ``train.yaml``, ``units.txt``): a U2 or U2++ conformer.
+        """Read a model of WeNet or of NeMo.
+
+        WeNet: a folder with ``final.pt``, ``train.yaml``, ``units.txt``, a U2 or U2++ conformer. NeMo: a
+        FastConformer with a CTC head, see :mod:`nar_speech.models.nemo_official`.
 
         Returns:
             (network in eval mode, frontend, tokenizer, card).
@@ -153,8 +156,9 @@ class CtcModel(nn.Module):
             ConfigError, CheckpointError: a missing file, an unsupported option, weights that do not fit.
         """
         from nar_speech.models.ctc_official import load_official
+        from nar_speech.models.nemo_official import is_nemo, load_nemo
 
-        return load_official(folder)
+        return load_nemo(folder) if is_nemo(Path(folder)) else load_official(folder)
 
     def encode(self, feats: Tensor, lengths: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """Encoder output (B, T', D) and lengths (B,); arguments as in :meth:`forward`."""

@@ -13,7 +13,6 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,7 +20,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from nar_speech.checkpoint import SkipInit, load_strict, read_weights, rename_tensors
-from nar_speech.config import blame, from_dict
+from nar_speech.config import blame, from_dict, to_dict
 from nar_speech.errors import CheckpointError, ConfigError
 from nar_speech.features import Frontend, FrontendConfig
 from nar_speech.layers.fastconformer import FastConformerConfig
@@ -313,7 +312,7 @@ def convert_config(tree: Mapping[str, Any], tensors: Mapping[str, Tensor], where
         input_size=size,
         vocab_size=len(head),
         encoder="fastconformer",
-        encoder_conf={f.name: getattr(encoder, f.name) for f in fields(encoder)},
+        encoder_conf=to_dict(encoder),
         blank=len(head) - 1,
         ctc_reduction=kinds.get(reduction, "batch_mean"),
     )

@@ -4,6 +4,7 @@ import tests.server_extra  # noqa: F401  skips this file where the extra is miss
 
 # isort: split
 
+import contextlib
 import io
 import json
 import logging
@@ -114,8 +115,9 @@ def test_a_dead_engine_is_seen(logs):
 
 
 def test_draining_lets_streams_finish_and_refuses_others():
-    with ServerThread(Settings(port=0, funasr_port=0, wyoming_port=0), *tone_entry()) as running:
-        early, late = (connect(f"{running.ws}/v1/stream?endpoint=off") for _ in range(2))
+    settings = Settings(port=0, funasr_port=0, wyoming_port=0)
+    with ServerThread(settings, *tone_entry()) as running, contextlib.ExitStack() as stack:
+        early, late = (stack.enter_context(connect(f"{running.ws}/v1/stream?endpoint=off")) for _ in "12")
         for socket in (early, late):
             socket.recv(timeout=60)
             socket.send(pcm(tone("abc")))
@@ -188,8 +190,9 @@ def test_sigterm():
         assert (heard[-2]["text"], closed.code) == ("Abc.", 1000)
         out, err = process.communicate(timeout=60)
         assert (out, process.returncode) == ("ended\n", 0)
-        events = [json.loads(line)["event"] for line in err.splitlines()]
-        assert [e for e in events if e != "request"] == ["listening", "draining", "drained"]
+        lines = [line for line in map(json.loads, err.splitlines()) if line["logger"] == "nar_speech.server"]
+        events = [line["event"] for line in lines if line["event"] != "request"]
+        assert events == ["listening", "draining", "drained"]
     finally:
         process.kill()
 

@@ -16,7 +16,19 @@ import pytest
 from websockets.sync.client import connect
 
 from nar_speech.server.settings import Settings
-from tests.tone_model import CHUNK, RATE, ServerThread, ToneModel, pcm, the_end, tone, tone_entry, wait_for
+from tests.tone_model import (
+    CHUNK,
+    RATE,
+    ServerThread,
+    ToneModel,
+    binary_frame,
+    pcm,
+    raw_websocket,
+    the_end,
+    tone,
+    tone_entry,
+    wait_for,
+)
 
 wyoming = pytest.importorskip("wyoming")
 
@@ -143,14 +155,12 @@ def test_idle_streams_are_closed():
 
 def test_no_more_streams_than_there_are_places(server):
     wait_for(lambda: not server.service.streams)
-    held = [stream(server) for _ in range(4)]
-    for one in held:
-        one.recv(timeout=60)
-    with stream(server) as fifth:
-        heard, closed = the_end(fifth)
+    with contextlib.ExitStack() as held:
+        for _ in range(4):
+            held.enter_context(stream(server)).recv(timeout=60)
+        with stream(server) as fifth:
+            heard, closed = the_end(fifth)
     assert (heard[-1]["error"]["code"], closed.code) == ("overloaded", 1013)
-    for one in held:
-        one.close()
     wait_for(lambda: not server.service.streams)
     with stream(server) as again:
         assert json.loads(again.recv(timeout=60))["type"] == "ready"
@@ -158,10 +168,10 @@ def test_no_more_streams_than_there_are_places(server):
 
 def test_clients_that_vanish_leave_nothing_behind(server):
     for _ in range(5):
-        socket_ = stream(server)
-        socket_.send(pcm(tone("abc")))
-        socket_.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        socket_.socket.close()  # with a reset, in the middle
+        raw = raw_websocket(server.port, "/v1/stream")
+        raw.sendall(binary_frame(pcm(tone("abc")))[:9999])
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raw.close()  # with a reset, in the middle of a message
     wait_for(lambda: not server.service.streams and not server.service.peers and not server.engine.sessions)
 
 
@@ -203,15 +213,9 @@ def test_a_client_that_does_not_read_is_cut_off():
     models["tones:online"] = ChattyModel()
     settings = Settings(port=0, stall_seconds=1.0)
     with ServerThread(settings, entries, models) as running:
-        raw = socket.create_connection(("127.0.0.1", running.port))
+        raw = raw_websocket(running.port, "/v1/stream")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        key = "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\nSec-WebSocket-Version: 13\r\n"
-        raw.sendall(
-            b"GET /v1/stream HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            + key.encode()
-            + b"\r\n"
-        )
-        frame = b"\x82\xfe" + struct.pack(">H", 2 * CHUNK) + b"\0\0\0\0" + bytes(2 * CHUNK)
+        frame = binary_frame(bytes(2 * CHUNK))
         wait_for(lambda: running.service.peers)
         raw.settimeout(1.0)
         with contextlib.suppress(OSError):  # the server stops to read, or is gone

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
+import struct
 import threading
 import time
 from dataclasses import dataclass
@@ -270,6 +272,21 @@ def the_end(socket: Any, *messages: Any) -> tuple[list[dict[str, Any]], Any]:
             heard.append(json.loads(socket.recv(timeout=60)))
     except ConnectionClosed as closed:
         return heard, closed.rcvd
+
+
+def raw_websocket(port: int, path: str) -> socket.socket:
+    """A connected TCP socket behind the handshake, for clients that do not keep the rules."""
+    raw = socket.create_connection(("127.0.0.1", port))
+    raw.sendall(
+        f"GET {path} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+    )
+    return raw
+
+
+def binary_frame(data: bytes) -> bytes:
+    """A WebSocket message of a client, up to 64 KiB, masked with zeros."""
+    return b"\x82\xfe" + struct.pack(">H", len(data)) + bytes(4) + data
 
 
 def wait_for(condition: Any, seconds: float = 60.0) -> None:

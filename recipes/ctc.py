@@ -1,4 +1,4 @@
-"""Train a CTC model: plain, InterCTC, self-conditioned, or with U2 / U2++ attention decoders.
+"""Train a CTC model: plain, InterCTC, self-conditioned, for streams, or with U2 / U2++ attention decoders.
 
   python -m recipes.ctc configs/ctc/librispeech_conformer.yaml train.output_dir=exp/ctc key=value ...
   torchrun --nproc-per-node 2 -m recipes.ctc CONFIG.yaml ...
@@ -31,9 +31,29 @@ from nar_speech.train.recognition import (
 from nar_speech.types import ModelCard
 
 
+@dataclass(frozen=True)
+class StreamSection:
+    """A way to feed streams that validations try too; what it gives is reported as ``stream_wer``.
+
+    Attributes:
+        chunk_size: output frames of a chunk.
+        left: frames before it that it sees, whole chunks; -1: all.
+    """
+
+    chunk_size: int = 16
+    left: int = 64
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(RecognitionRecipe):
-    """Everything that can be set."""
+    """Everything that can be set.
+
+    For streams the encoder has to be causal (``causal``, or ``causal_downsampling`` and
+    ``conv_context_size``) and to train with chunks: ``use_dynamic_chunk`` of a conformer draws their size,
+    several ``att_context_size`` of a fastconformer are drawn from.
+    """
+
+    stream: StreamSection | None = None
 
 
 def recipe(config: Recipe, world: World) -> None:
@@ -49,6 +69,11 @@ def recipe(config: Recipe, world: World) -> None:
     say(world, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {sizes}")
     say(world, load_initial(model, config.init))
 
+    ways = {"": {}}  # of encoding the evaluation utterances
+    if config.stream is not None:
+        chunking = model.chunking(config.stream.chunk_size, config.stream.left)
+        ways["stream"] = model.encoder.stream_mask(chunking)
+
     data, dev = make_data(config, tokenizer.encode, world)
 
     def loss_step(model, batch, generator, step):
@@ -59,9 +84,12 @@ def recipe(config: Recipe, world: World) -> None:
 
     def evaluate(model, feats, lengths, batch):
         terms = ctc_model_loss(model, feats, lengths, batch.tokens, batch.token_lengths)
-        out = model(feats, lengths)
-        best = ctc_search.greedy(out.log_probs, out.lengths, network.blank)
-        return terms, {"": [hypothesis.tokens for hypothesis in best]}
+        decoded = {}
+        for name, options in ways.items():
+            out = model(feats, lengths, **options)
+            best = ctc_search.greedy(out.log_probs, out.lengths, network.blank)
+            decoded[name] = [hypothesis.tokens for hypothesis in best]
+        return terms, decoded
 
     validate = Validator(dev, frontend, tokenizer, evaluate, config.unit, world)
     result = train(config.train, model, loss_step, data, validate, world)

@@ -340,11 +340,20 @@ class ConformerEncoder(nn.Module):
 
         Default: the configuration's ``static_chunk_size``, else 16, and four chunks back. Whole chunks as
         ``left`` give what :meth:`forward` gives under the mask of as many ``left_chunks``; negative: all.
+
+        Raises:
+            ConfigError: convolutions that look ahead, or a chunk without frames.
         """
+        if self.config.use_cnn_module and not self.config.causal:
+            raise ConfigError("causal: false; only an encoder with causal convolutions can take a stream")
         chunk_size = chunk_size or self.config.static_chunk_size or STREAM_CHUNK
         left = STREAM_LEFT_CHUNKS * chunk_size if left is None else left
         later = chunk_size * self.frame_stride
         return Chunking(later - self.frame_stride + self.embed.receptive_field, later, chunk_size, left)
+
+    def stream_mask(self, chunking: Chunking) -> dict[str, int]:
+        """Arguments with which :meth:`forward` gives what a stream fed so gets."""
+        return {"chunk_size": chunking.frames, "left_chunks": chunking.left // chunking.frames}
 
     def init_state(
         self,
@@ -356,10 +365,8 @@ class ConformerEncoder(nn.Module):
         """The state of ``batch`` streams that have not begun; device and dtype are by default the weights'.
 
         Raises:
-            ConfigError: convolutions that look ahead.
+            ConfigError: as :meth:`chunking`.
         """
-        if self.config.use_cnn_module and not self.config.causal:
-            raise ConfigError("causal: false; only an encoder with causal convolutions can take a stream")
         chunking = chunking or self.chunking()
         weight = self.after_norm.weight
         device, dtype = device or weight.device, dtype or weight.dtype

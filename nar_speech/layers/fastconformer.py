@@ -370,6 +370,10 @@ class FastConformerEncoder(nn.Module):
         frames = chunk_size * chunks
         return Chunking(1 + self.frame_stride * (frames - 1), self.frame_stride * frames, frames, left)
 
+    def stream_mask(self, chunking: Chunking) -> dict[str, tuple[int, int]]:
+        """Arguments with which :meth:`forward` gives what a stream fed so, one chunk a step, gets."""
+        return {"context": (chunking.left, chunking.frames - 1)}
+
     def init_state(
         self,
         batch: int,

@@ -1,9 +1,10 @@
 """Our Silero network against the package's, window by window and in chunks of any size."""
 
+import copy
+import importlib.util
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from nar_speech.audio import read_audio
 from nar_speech.errors import CheckpointError
+from nar_speech.layers.packed import pack_linear_layers
 from nar_speech.layers.silero import WINDOW, SileroVad
 from nar_speech.layers.state import gather, scatter, select
 
@@ -20,6 +22,14 @@ SAMPLE = Path(__file__).parent.parent / "nar_speech" / "assets" / "sample.flac"
 @pytest.fixture(scope="module")
 def vad() -> SileroVad:
     return SileroVad.from_package()
+
+
+@pytest.fixture(scope="module")
+def official_tensors() -> dict[str, torch.Tensor]:
+    path = Path(importlib.util.find_spec("silero_vad").origin).parent / "data" / "silero_vad.jit"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.load(path, map_location="cpu").state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +133,37 @@ def test_a_reset_row_begins_anew(vad, speech):
     assert not torch.allclose(again[1], first[1], atol=1e-3)
 
 
-def test_other_weights_are_refused(vad):
-    tensors = {f"_model.{name}": tensor for name, tensor in vad.state_dict().items()}
-    tensors["_model.decoder.rnn.weight_ih"] = tensors.pop("_model.cell.weight_ih")[:5]
-    with pytest.raises(CheckpointError, match=r"somewhere.*don't fit"):
-        SileroVad.from_state_dict(tensors, "somewhere")
+@torch.inference_mode()
+def test_packed_for_the_cpu_it_is_the_same_in_any_batch(vad, speech):
+    """To the last bit, wherever a stream stands in a batch of any size."""
+    packed = pack_linear_layers(copy.deepcopy(vad))
+    audio = speech[30_000 : 30_000 + 3 * 1600].view(3, 1, 1600)
+    outcomes = []
+    for size in (1, 2, 3, 5, 8, 16):
+        state, found = packed.init_stream(size), []
+        for chunk in audio:
+            lengths = torch.full((size,), 1600)
+            probabilities, _, state = packed.step_stream(chunk.repeat(size, 1), lengths, state)
+            assert torch.equal(probabilities, probabilities[:1].expand_as(probabilities))
+            found.append(probabilities[0])
+        outcomes.append(torch.cat(found))
+    assert all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)
+    plain, _ = chunked(vad, audio.flatten(), [4800])
+    valid = torch.cat([outcomes[0][:3], outcomes[0][4:7], outcomes[0][8:11]])[: len(plain)]
+    torch.testing.assert_close(valid, plain, atol=1e-5, rtol=0)
+
+
+def test_other_weights_are_refused(official_tensors):
+    for name, message in (("decoder.rnn.weight_ih", "input"), ("decoder.decoder.2.bias", "head")):
+        wrong = {n: t[:-1] if n.endswith(name) else t for n, t in official_tensors.items()}
+        with pytest.raises(CheckpointError, match=rf"somewhere.*don't fit.*{message}"):
+            SileroVad.from_state_dict(wrong, "somewhere")
+    missing = {n: t for n, t in official_tensors.items() if "encoder.2" not in n}
+    with pytest.raises(CheckpointError, match=r"convs\.2"):
+        SileroVad.from_state_dict(missing, "somewhere")
 
 
 def test_reading_it_leaves_the_threads_alone():
     before = torch.get_num_threads()
     SileroVad.from_package()
     assert torch.get_num_threads() == before
-    assert np.isfinite(SileroVad.from_package().basis.numpy()).all()

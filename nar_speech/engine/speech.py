@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ from nar_speech.engine.model import (
     TwoPassCollector,
 )
 from nar_speech.errors import ConfigError
+from nar_speech.layers.packed import pack_linear_layers
 from nar_speech.layers.silero import SAMPLE_RATE, SileroStreamState, SileroVad
 
 SETTING = "endpoint"  # of a session: rules in place of the model's, or False: only the client ends utterances
@@ -75,7 +77,8 @@ class WithVad:
                 f" {model.sample_rate}"
             )
         self.model, self.rules = model, rules or EndpointRules()
-        self.vad = vad.to(model.device)
+        vad = copy.deepcopy(vad).to(model.device)
+        self.vad = pack_linear_layers(vad) if torch.device(model.device).type == "cpu" else vad
         self.sample_rate, self.chunk, self.device = model.sample_rate, model.chunk, torch.device(model.device)
         self.first = getattr(model, "first", model.chunk)
         self.signature = f"{getattr(model, 'signature', '')}+silero"

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar_speech.checkpoint import load_strict
+from nar_speech.checkpoint import load_strict, rename_tensors
 from nar_speech.errors import CheckpointError, MissingExtraError
+from nar_speech.layers.packed import linear_relu
 
 SAMPLE_RATE = 16000
 WINDOW = 512  # samples of one probability: 32 ms
@@ -26,10 +27,14 @@ FRAME, HOP, BINS = 256, 128, 129
 WIDTH = 128
 PREFIX = "_model."  # of the 16 kHz network in the package's file; the other one is for 8 kHz
 
+SIZES = ((BINS, 128, 1), (128, 64, 2), (64, 64, 2), (64, 128, 1))  # of the convolutions: in, out, stride
+KERNEL = 3
+LANES = 32  # floats; elementwise functions of a CPU differ in the last bit where fewer are left over
 RENAME = {
-    r"stft\.forward_basis_buffer": "basis",
-    r"encoder\.(\d)\.reparam_conv": r"encoder.\1",
-    r"decoder\.rnn": "cell",
+    r"stft\.forward_basis_buffer": "spectrum.weight",
+    r"encoder\.(\d)\.reparam_conv": r"convs.\1",
+    r"decoder\.rnn\.(weight|bias)_ih": r"input.\1",
+    r"decoder\.rnn\.(weight|bias)_hh": r"recurrent.\1",
     r"decoder\.decoder\.2": "head",
 }
 
@@ -57,15 +62,19 @@ class SileroStreamState:
 
 
 class SileroVad(nn.Module):
-    """Probability of speech for every window of 512 samples at 16 kHz; always float32."""
+    """Probability of speech for every window of 512 samples at 16 kHz; always float32.
+
+    Everything that multiplies is a Linear layer: convolutions over so few frames are faster as products of
+    windows laid side by side, and packed for the CPU (:func:`nar_speech.layers.packed.pack_linear_layers`)
+    they give a row the same bits in a batch of any size.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.basis = nn.Parameter(torch.zeros(2 * BINS, 1, FRAME), requires_grad=False)
-        sizes = ((BINS, 128, 1), (128, 64, 2), (64, 64, 2), (64, 128, 1))
-        self.encoder = nn.ModuleList(nn.Conv1d(i, o, 3, stride, padding=1) for i, o, stride in sizes)
-        self.cell = nn.LSTMCell(WIDTH, WIDTH)
-        self.head = nn.Conv1d(WIDTH, 1, 1)
+        self.spectrum = nn.Linear(FRAME, 2 * BINS, bias=False)
+        self.convs = nn.ModuleList(nn.Linear(KERNEL * size, out) for size, out, _ in SIZES)
+        self.input, self.recurrent = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(WIDTH, 4 * WIDTH)
+        self.head = nn.Parameter(torch.zeros(WIDTH + 1))  # weights and bias of the output
 
     @classmethod
     def from_package(cls) -> SileroVad:
@@ -96,14 +105,20 @@ class SileroVad(nn.Module):
         Raises:
             CheckpointError: missing, unknown or misshaped ones.
         """
-        model = cls()
         own = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
-        load_strict(model, own, RENAME, where)
+        own = rename_tensors(own, RENAME, where)
+        heads = [own.pop(f"head.{part}", torch.zeros(0)).flatten() for part in ("weight", "bias")]
+        own["head"] = torch.cat(heads)
+        for name, tensor in own.items():
+            if name.endswith("weight") and tensor.ndim == 3:  # (O, I, K) to rows of windows
+                own[name] = tensor.transpose(1, 2).flatten(1)
+        model = cls()
+        load_strict(model, own, None, where)
         return model.eval().requires_grad_(False)
 
     def init_state(self, batch: int, device: torch.device | str | None = None) -> SileroState:
         """Of ``batch`` streams that begin."""
-        device = self.basis.device if device is None else device
+        device = self.head.device if device is None else device
         sizes = (CONTEXT, WIDTH, WIDTH)
         return SileroState(*(torch.zeros(batch, size, device=device) for size in sizes))
 
@@ -125,26 +140,34 @@ class SileroVad(nn.Module):
         batch, total = windows.shape[:2]
         before = torch.cat([state.context[:, None], windows[:, :-1, -CONTEXT:]], 1)
         features = self.encode(torch.cat([before, windows], 2).flatten(0, 1)).view(batch, total, WIDTH)
+        inputs = self.input(features)
         hidden, cell, outputs = state.hidden, state.cell, []
         valid = torch.arange(total, device=windows.device) < counts[:, None]
         for t in range(total):
-            new_hidden, new_cell = self.cell(features[:, t], (hidden, cell))
+            gates = inputs[:, t] + self.recurrent(hidden)
+            into, forget, new, out = gates.chunk(4, dim=1)
+            new_cell = forget.sigmoid() * cell + into.sigmoid() * new.tanh()
+            new_hidden = out.sigmoid() * new_cell.tanh()
             hidden = torch.where(valid[:, t, None], new_hidden, hidden)
             cell = torch.where(valid[:, t, None], new_cell, cell)
             outputs.append(hidden)
-        heads = torch.stack(outputs, 1).relu() @ self.head.weight[0, :, 0] + self.head.bias
+        heads = (torch.stack(outputs, 1).relu() * self.head[:-1]).sum(-1) + self.head[-1]
+        heads = F.pad(heads, (0, -total % LANES)).sigmoid()[:, :total]
         ends = torch.cat([state.context[:, None], windows[..., -CONTEXT:]], 1)
         index = counts[:, None, None].expand(-1, 1, CONTEXT)
-        return heads.sigmoid() * valid, SileroState(ends.gather(1, index)[:, 0], hidden, cell)
+        return heads * valid, SileroState(ends.gather(1, index)[:, 0], hidden, cell)
 
     def encode(self, samples: Tensor) -> Tensor:
         """(N, 576) samples, each a window behind its context, to (N, 128) features."""
         padded = F.pad(samples, (0, CONTEXT), mode="reflect")
-        spectrum = padded.unfold(1, FRAME, HOP) @ self.basis[:, 0].T  # (N, 4, 258)
-        x = (spectrum[..., :BINS].square() + spectrum[..., BINS:].square()).sqrt().transpose(1, 2)
-        for layer in self.encoder:
-            x = layer(x).relu()
-        return x.squeeze(-1)
+        spectrum = self.spectrum(padded.unfold(1, FRAME, HOP).contiguous())  # (N, 4, 258)
+        x = (spectrum[..., :BINS].square() + spectrum[..., BINS:].square()).sqrt()
+        for layer, (size, _, stride) in zip(self.convs, SIZES, strict=True):
+            x = F.pad(x, (0, 0, 1, 1))
+            count = (x.shape[1] - KERNEL) // stride + 1
+            strides = (x.shape[1] * size, stride * size, 1)
+            x = linear_relu(layer, x.as_strided((len(x), count, KERNEL * size), strides))
+        return x[:, 0]
 
     def init_stream(self, batch: int, device: torch.device | str | None = None) -> SileroStreamState:
         """Of ``batch`` streams that begin, for :meth:`step_stream`."""

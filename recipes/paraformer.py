@@ -28,6 +28,7 @@ from nar_speech.models.paraformer import (
     loss_terms,
     training_pass,
 )
+from nar_speech.models.paraformer_stream import recognise_stream
 from nar_speech.search import ctc as ctc_search
 from nar_speech.train import World, say, train
 from nar_speech.train.recipe import load_initial, run_recipe
@@ -66,8 +67,11 @@ class Recipe(RecognitionRecipe):
 
 
 def greedy(model: Paraformer, feats: torch.Tensor, lengths: torch.Tensor) -> list[list[int]]:
-    """Token ids of each utterance: the best token at every position, special ids dropped."""
-    out = model(feats, lengths)
+    """Token ids of each utterance: the best token at every position, special ids dropped.
+
+    A model that learns to stream is heard as a stream.
+    """
+    out = model(feats, lengths) if model.stream is None else recognise_stream(model, feats, lengths)
     best = out.log_probs.argmax(-1).tolist() if out.log_probs.shape[1] else [[]] * len(feats)
     counts = out.token_lengths.tolist()
     return [[i for i in row[:count] if i > EOS] for row, count in zip(best, counts, strict=True)]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from nar_speech.config import check_range
+from nar_speech.layers.precision import no_autocast
 
 if TYPE_CHECKING:
     from nar_speech.layers.cif_stream import CifChunk, CifState
@@ -245,7 +246,7 @@ class CifPredictorV2(nn.Module):
 
     def alphas(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         """Weights (B, T) float32 of the frames (B, T, D), without scaling or tail."""
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden):
             return self._weights(self._context(hidden.to(self.cif_conv1d.weight.dtype)), lengths)
 
     def forward(
@@ -264,12 +265,11 @@ class CifPredictorV2(nn.Module):
             target_lengths: (B,) int64 training: the weights are scaled to sum to these, all tokens exist.
             official: follow the official implementation where a weight is above 1 (one token end per frame).
         """
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden):
             alphas = self.alphas(hidden, lengths)
-            mode = self.official_mode if official else "overlap"
             if target_lengths is not None:
-                return self._train(hidden, alphas, target_lengths, mode)
-            return self._infer(hidden, alphas, lengths, mode)
+                return self.to_targets(hidden, alphas, target_lengths, official)
+            return self._infer(hidden, alphas, lengths, self.official_mode if official else "overlap")
 
     def init_state(self, batch: int, device: torch.device | str | None = None) -> CifState:
         """State of ``batch`` streams that have not begun (:mod:`nar_speech.layers.cif_stream`)."""
@@ -280,25 +280,34 @@ class CifPredictorV2(nn.Module):
     def step(
         self,
         hidden: Tensor,
-        rows: Tensor,
+        valid: Tensor,
         state: CifState,
         final: Tensor,
         stream: StreamConfig,
         silent: Tensor | None = None,
     ) -> tuple[CifChunk, CifState]:
-        """Tokens that end in the next window (B, W, D) of every stream, ``rows`` (B,) of it valid."""
+        """Tokens that end in the next window (B, W, D) of every stream; ``valid`` (B, W) bool rows of it."""
         from nar_speech.layers.cif_stream import step_cif
 
-        return step_cif(self, stream, hidden, rows, state, final, silent)
+        return step_cif(self, stream, hidden, valid, state, final, silent)
 
-    def _train(self, hidden: Tensor, alphas: Tensor, targets: Tensor, mode: CifMode) -> CifOutput:
+    @staticmethod
+    def scale(alphas: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights (B, T) that sum to ``targets`` (B,), their prefix sums, and the sum (B, 1) before."""
         sums = prefix_sums(alphas)
         total, goal = sums[:, -1:], targets[:, None].to(sums.dtype)
         scale = goal / total.clamp_min(1e-6)
         sums = sums * scale
         sums = torch.where(sums > goal - SNAP, goal, sums)  # the last token ends exactly on an integer
-        alphas = (alphas * scale).float()
+        return (alphas * scale).float(), sums, total
+
+    def to_targets(
+        self, hidden: Tensor, alphas: Tensor, targets: Tensor, official: bool = False
+    ) -> CifOutput:
+        """Training: as many tokens as ``targets`` (B,) says, of frames (B, T, D) with weights (B, T)."""
+        alphas, sums, total = self.scale(alphas, targets)
         tokens = int(targets.max()) if targets.numel() else 0
+        mode = self.official_mode if official else "overlap"
         embeds = integrate(hidden, alphas, sums, targets, tokens, mode)
         return CifOutput(embeds, total.squeeze(1).float(), targets, alphas, self._track(sums))
 
@@ -363,7 +372,7 @@ class CifPredictorV3(CifPredictorV2):
         an item's weights depend on the batch it is in.
         """
         times = self.config.upsample_times
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden):
             hidden = hidden.to(self.cif_conv1d.weight.dtype)
             context = self._context(hidden) if self.config.use_cif1_cnn else hidden
             fine = self.upsample_cnn(context.transpose(1, 2)).transpose(1, 2)

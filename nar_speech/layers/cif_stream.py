@@ -14,13 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nar_speech.layers.cif import (
+    CifOutput,
     CifPredictorV2,
     fire_counts,
+    integrate,
     one_fire_weights,
     overlap_weights,
     prefix_sums,
+    prefix_track,
 )
+from nar_speech.layers.precision import no_autocast
 from nar_speech.layers.sanm_stream import StreamConfig
+from nar_speech.layers.sanm_windows import Windows
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def step_cif(
     predictor: CifPredictorV2,
     config: StreamConfig,
     hidden: Tensor,
-    rows: Tensor,
+    valid: Tensor,
     state: CifState,
     final: Tensor,
     silent: Tensor | None = None,
@@ -73,18 +78,19 @@ def step_cif(
     """Tokens that end in this chunk.
 
     Args:
-        hidden: (B, W, D) encoder output of the window, zero past ``rows`` (B,).
+        hidden: (B, W, D) encoder output of the window, zero where ``valid`` (B, W) bool is false.
         final: (B,) bool, where the stream ends: the look-ahead counts too, and the tail weight is added.
         silent: (B,) bool, streams without any audio, which have no tokens; default none.
 
     Returns:
         the tokens, and the next state, which means nothing for a stream that has ended.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden):
         left, size, _ = config.chunk
-        alphas = predictor.alphas(hidden, rows)
         places = torch.arange(hidden.shape[1], device=hidden.device)
-        counted = (places >= left) & ((places < left + size) | final[:, None])
+        rows = ((places + 1) * valid).amax(dim=1)
+        alphas = predictor.alphas(hidden, rows)
+        counted = valid & (places >= left) & ((places < left + size) | final[:, None])
         if silent is not None:
             counted = counted & ~silent[:, None]
         alphas = alphas * counted
@@ -120,3 +126,46 @@ def step_cif(
 def _with_open(numbers: Tensor, done: Tensor) -> Tensor:
     """The tokens' numbers (B, U) and, last, that of the open token, which follows the ``done`` (B,) ones."""
     return torch.cat([numbers, done[:, None]], dim=1)
+
+
+def window_alphas(predictor: CifPredictorV2, rows: Tensor, windows: Windows) -> Tensor:
+    """Weights (B, N W) float32 of windows side by side (B, N W, D), zero at rows a window does not own."""
+    with no_autocast(rows):
+        folded = rows.unflatten(1, (-1, windows.size)).flatten(0, 1)
+        full = torch.full((len(folded),), windows.size, device=rows.device)
+        return predictor.alphas(folded, full).reshape(windows.own.shape) * windows.own
+
+
+def token_ends(sums: Tensor, tokens: int) -> Tensor:
+    """Row (B, U) int64 in which each token ends, T where it does not; ``sums`` (B, T) prefix sums."""
+    numbers = torch.arange(tokens, device=sums.device, dtype=sums.dtype)
+    return (sums[:, None] < numbers[:, None] + 1).sum(dim=-1)
+
+
+def train_windows(
+    predictor: CifPredictorV2, rows: Tensor, alphas: Tensor, targets: Tensor, official: bool = False
+) -> tuple[CifOutput, Tensor]:
+    """Training: weights scaled to sum to ``targets`` (B,), and the row (B, U) in which each token ends."""
+    with no_autocast(rows):
+        output = predictor.to_targets(rows, alphas, targets, official)
+        _, sums, _ = predictor.scale(alphas, targets)
+        return output, token_ends(sums, output.embeds.shape[1])
+
+
+def infer_windows(
+    predictor: CifPredictorV2, rows: Tensor, alphas: Tensor, silent: Tensor
+) -> tuple[CifOutput, Tensor]:
+    """The tokens of whole streams, with the tail weight behind, and the row (B, U) in which each one ends.
+
+    Args:
+        rows: (B, N W, D) windows, zero where they are not valid; alphas: (B, N W) float32 their weights.
+        silent: (B,) bool, streams without any audio, which have no tokens.
+    """
+    with no_autocast(rows):
+        weights = F.pad(alphas, (0, 1), value=predictor.config.tail_threshold).masked_fill(silent[:, None], 0)
+        sums = prefix_sums(weights)
+        counts = sums[:, -1].floor().long()
+        tokens = int(counts.max()) if counts.numel() else 0
+        embeds = integrate(F.pad(rows, (0, 0, 0, 1)), weights, sums, counts, tokens)
+        output = CifOutput(embeds, counts.float(), counts, weights, prefix_track(sums))
+        return output, token_ends(sums, tokens)

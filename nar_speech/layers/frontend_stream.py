@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.features import INT16_SCALE, Frontend
+from nar_speech.layers.precision import no_autocast
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class ChunkFrontend:
         front, config = self.frontend, self.frontend.config
         if waves.shape[1] != self.chunk:
             raise InputError(f"stream: a step takes chunks of {self.chunk} samples, got {waves.shape[1]}")
-        with torch.autocast(waves.device.type, enabled=False):
+        with no_autocast(waves):
             places = torch.arange(self.chunk, device=waves.device)
             scaled = (waves.float() * INT16_SCALE).masked_fill(places >= lengths[:, None], 0.0)
             buffer = torch.cat([state.samples, scaled], dim=1)

@@ -308,7 +308,7 @@ class SANMEncoder(nn.Module):
     def step(
         self, x: Tensor, lengths: Tensor, state: EncoderState, stream: StreamConfig
     ) -> tuple[Tensor, Tensor, EncoderState]:
-        """Encode the next chunk (B, C, F) of every stream: window (B, W, D), its valid rows (B,), state."""
+        """Encode the next chunk (B, C, F) of every stream: window (B, W, D), its valid rows (B, W), state."""
         from nar_speech.layers.sanm_stream import step_encoder
 
         return step_encoder(self, stream, x, lengths, state)
@@ -584,7 +584,7 @@ class SANMDecoder(nn.Module):
 
         Args:
             tokens: (B, U, D), ``counts`` (B,) of them valid.
-            memory: (B, W, D) window of the encoder, ``rows`` (B,) of it valid.
+            memory: (B, W, D) window of the encoder, ``rows`` (B, W) bool of it valid.
         """
         from nar_speech.layers.sanm_stream import step_decoder
 

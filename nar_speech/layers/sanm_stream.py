@@ -2,10 +2,10 @@
 
 A stream of frames is cut into chunks of C frames. The encoder sees a window of L + C + R rows: the L + R
 frames before the chunk and the chunk, so what it finishes in this step are the C rows behind the first L; the
-last R rows are the look-ahead, finished in the next step. Before a stream's first frame stand zero rows.
-Every layer also attends to keys and values it kept of earlier windows. Nothing here depends on values: shapes
-follow from the configuration alone, rows of a batch are different streams at different places, no step waits
-for the device. The same in one piece for a whole utterance: :mod:`nar_speech.layers.sanm_windows`.
+last R rows are the look-ahead, finished in the next step. Every layer also attends to keys and values it kept
+of earlier windows. Nothing here depends on values: shapes follow from the configuration alone, rows of a
+batch are different streams at different places, no step waits for the device. The same in one piece for whole
+utterances: :mod:`nar_speech.layers.sanm_windows`.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class StreamConfig:
             state that grows (not for an engine's slots, see ``init_state``).
         max_tokens: most tokens one step returns; more are lost. 0: as many as there can be, C + R + 1.
         windows: training draws one of these for each batch.
+        padded: let zeros outside an utterance count as frames, as FunASR does: those in front of a stream's
+            first frame, which may then give a token, and in training those of windows that stick out.
         official: do as FunASR 1.4.3 where its streaming code is wrong: no look-back in the encoder with
             R = 0, and a window that grows with L = R = 0; decoder look-back -1 as 0; a single block without
             cross attention left out; token memories that look ahead see zeros behind a stream's first tokens
@@ -71,6 +73,7 @@ class StreamConfig:
     decoder_look_back: int = 1
     max_tokens: int = 0
     windows: tuple[WindowConfig, ...] = (WindowConfig(12, 8), WindowConfig(15, 10))
+    padded: bool = False
     official: bool = False
 
     def __post_init__(self) -> None:
@@ -111,13 +114,13 @@ class EncoderState:
     """What the encoder keeps of streams (B); N layers, M = C * look-back rows (L + C where that is more).
 
     feats: (B, L + R, F) the last frames, scaled and with their position code. frames: (B,) int64 frames
-    heard. past: (B, N, M, 2 D) keys and values of each layer, the newest last; filled: (B,) int64 how many.
+    heard. past: (B, N, M, 2 D) keys and values of each layer, the newest last; kept: (B, M) bool which exist.
     """
 
     feats: Tensor
     frames: Tensor
     past: Tensor
-    filled: Tensor
+    kept: Tensor
 
 
 @dataclass(frozen=True)
@@ -125,13 +128,13 @@ class DecoderState:
     """What the decoder keeps of streams (B).
 
     memory: (B, N, K - 1, D) the last inputs of each token memory. past: (B, N', M, 2 D) keys and values of
-    the N' layers with cross attention, M = C * look-back, the newest last; filled: (B,) int64 how many.
+    the N' layers with cross attention, M = C * look-back, the newest last; kept: (B, M) bool, which exist.
     tokens: (B,) int64 tokens so far.
     """
 
     memory: Tensor
     past: Tensor
-    filled: Tensor
+    kept: Tensor
     tokens: Tensor
 
 
@@ -163,7 +166,7 @@ def init_encoder(
         torch.zeros(batch, config.context, encoder.input_size, device=device, dtype=dtype),
         torch.zeros(batch, device=device, dtype=torch.int64),
         torch.zeros(batch, layers, rows, 2 * encoder.output_size, device=device, dtype=dtype),
-        torch.zeros(batch, device=device, dtype=torch.int64),
+        torch.zeros(batch, rows, device=device, dtype=torch.bool),
     )
 
 
@@ -176,16 +179,14 @@ def step_encoder(
         x: (B, C, F) features. lengths: (B,) int64 valid ones, C except where a stream ends.
 
     Returns:
-        (B, W, D) encodings of the window, zero past (B,) its valid rows; and the next state, which means
-        nothing for a stream that has ended.
+        (B, W, D) encodings of the window, zero where (B, W) bool tells of no frame; and the next state, which
+        means nothing for a stream that has ended.
     """
-    window, rows, feats = _window(encoder, config, x, lengths, state)
-    size, past = window.shape[1], state.past.shape[2]
-    kept = size - config.chunk[2] if config.encoder_reach else 0  # rows that enter the caches
-    places = torch.arange(past + size, device=x.device)
-    seen = (places >= past - state.filled[:, None]) & (places < past + rows.clamp_min(1)[:, None])
-    valid = (places[:size] < rows[:, None])[:, :, None]
-    padding = Padding(valid.to(window.dtype), seen[:, None, None])
+    window, valid, feats = _window(encoder, config, x, lengths, state)
+    past = state.past.shape[2]
+    kept = window.shape[1] - config.chunk[2] if config.encoder_reach else 0  # rows that enter the caches
+    frames = valid[:, :, None]
+    padding = Padding(frames.to(window.dtype), seen_rows(state.kept, valid)[:, None, None])
     length = past + kept if config.encoder_reach < 0 else past
     new = state.past.new_empty(len(x), state.past.shape[1], length, state.past.shape[3])
     new[:, :, : length - kept] = state.past[:, :, past - (length - kept) :]
@@ -194,18 +195,26 @@ def step_encoder(
         projected = layer.self_attn.linear_q_k_v(layer.norm1(y))
         y = layer.join(y, layer.self_attn.attend(projected, padding, state.past[:, number] if past else None))
         new[:, number, length - kept :] = projected[:, :kept, encoder.output_size :]
-    y = encoder.after_norm(y).masked_fill(~valid, 0.0)
-    filled = state.filled + kept
-    if config.encoder_reach >= 0:  # the first window's rows are all kept, then C * look-back
-        limit = torch.where(state.filled == 0, past, config.encoder_reach * config.chunk[1])
-        filled = torch.minimum(filled, limit)
-    return y, rows, EncoderState(feats, state.frames + lengths, new, filled)
+    y = encoder.after_norm(y).masked_fill(~frames, 0.0)
+    both = torch.cat([state.kept, valid[:, :kept]], dim=1)
+    exist = both[:, both.shape[1] - length :]
+    if config.encoder_reach > 0:  # the first window's rows are all kept, then C * look-back
+        new_enough = torch.arange(length, device=x.device) >= length - config.encoder_reach * config.chunk[1]
+        exist = exist & (new_enough | (state.frames == 0)[:, None])
+    return y, valid, EncoderState(feats, state.frames + lengths, new, exist)
+
+
+def seen_rows(kept: Tensor, valid: Tensor) -> Tensor:
+    """Rows (B, M + W) bool that attention sees: kept ones (B, M), the window's (B, W); its first if none."""
+    seen = torch.cat([kept, valid], dim=1)
+    first = torch.arange(seen.shape[1], device=seen.device) == kept.shape[1]
+    return seen | (first & ~seen.any(dim=1, keepdim=True))
 
 
 def _window(
     encoder: SANMEncoder, config: StreamConfig, x: Tensor, lengths: Tensor, state: EncoderState
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Frames (B, W, F) the encoder sees, (B,) how many are valid, and the frames to keep (B, L + R, F)."""
+    """Frames (B, W, F) the encoder sees, (B, W) bool which exist, and the frames to keep (B, L + R, F)."""
     size = config.chunk[1]
     if x.shape[1] != size:
         raise InputError(f"stream: a step takes chunks of {size} frames, got {x.shape[1]}")
@@ -218,9 +227,12 @@ def _window(
         again = (lengths == 0).to(held.dtype) * (encoder.output_size**0.5 - 1) + 1
         held = held * again[:, None, None]
     window = torch.cat([held, fresh], dim=1)
-    rows = lengths + state.feats.shape[1]
+    places = torch.arange(window.shape[1], device=x.device) - state.feats.shape[1]
+    valid = places < lengths[:, None]
+    if not config.padded:
+        valid = valid & (places >= -state.frames[:, None])
     keep = window.shape[1] if config.widens else config.context
-    return window, rows, window[:, window.shape[1] - keep :]
+    return window, valid, window[:, window.shape[1] - keep :]
 
 
 def token_memories(decoder: SANMDecoder) -> list[SANMDecoderLayer]:
@@ -244,7 +256,7 @@ def init_decoder(
     return DecoderState(
         torch.zeros(batch, len(layers), kept, size, device=device, dtype=dtype),
         torch.zeros(batch, len(decoder.decoders), rows, 2 * size, device=device, dtype=dtype),
-        torch.zeros(batch, device=device, dtype=torch.int64),
+        torch.zeros(batch, rows, device=device, dtype=torch.bool),
         torch.zeros(batch, device=device, dtype=torch.int64),
     )
 
@@ -267,17 +279,17 @@ def step_decoder(
 
     Args:
         tokens: (B, U, D) one vector per token. counts: (B,) int64 how many there are.
-        memory: (B, W, D) encoder output, zero past ``rows`` (B,).
+        memory: (B, W, D) encoder output of the window, zero where ``rows`` (B, W) bool is false.
 
     Returns:
         (B, U, D) as of :meth:`SANMDecoder.hidden`, and the next state, which means nothing for a stream that
         has ended.
     """
-    device, past, size = tokens.device, state.past.shape[2], memory.shape[1]
-    valid = (torch.arange(tokens.shape[1], device=device) < counts[:, None])[:, :, None].to(tokens.dtype)
-    places = torch.arange(past + size, device=device)
-    seen = (places >= past - state.filled[:, None]) & (places < past + rows.clamp_min(1)[:, None])
-    emits = counts > 0
+    past, size = state.past.shape[2], memory.shape[1]
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    valid = (places < counts[:, None])[:, :, None].to(tokens.dtype)
+    seen = seen_rows(state.kept, rows)[:, None, None]
+    emits = (counts > 0)[:, None]
     length = past + size if config.decoder_reach < 0 else past
     new = state.past.new_empty(*state.past.shape[:2], length, state.past.shape[3])
     layers = token_memories(decoder)
@@ -292,17 +304,18 @@ def step_decoder(
             fresh = layer.src_attn.linear_k_v(memory)
             held = state.past[:, number]
             both = torch.cat([held, fresh], dim=1)
-            x = x + layer.src_attn.attend(layer.norm3(x), both, seen[:, None, None])
+            x = x + layer.src_attn.attend(layer.norm3(x), both, seen)
             if length:
                 stay = F.pad(held, (0, 0, length - past, 0))
-                new[:, number] = torch.where(emits[:, None, None], both[:, past + size - length :], stay)
+                new[:, number] = torch.where(emits[:, :, None], both[:, past + size - length :], stay)
     for layer in decoder.decoders3:
         x = layer(x)
-    filled = state.filled + size if config.decoder_reach < 0 else (state.filled + size).clamp_max(past)
+    both = torch.cat([state.kept, rows], dim=1)
+    stay = F.pad(state.kept, (length - past, 0))
     return decoder.after_norm(x), DecoderState(
         _advance(layers, inputs, counts, state, config.official),
         new,
-        torch.where(emits, filled, state.filled),
+        torch.where(emits, both[:, past + size - length :], stay),
         state.tokens + counts,
     )
 

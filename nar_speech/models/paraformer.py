@@ -7,7 +7,7 @@ sibling file; :func:`build_paraformer` picks the class a configuration names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -429,6 +429,7 @@ def training_pass(
     draws: Tensor | None = None,
     hotwords: Hotwords | None = None,
     official_padding: bool = False,
+    window: int | None = None,
 ) -> TrainingPass:
     """The two passes of training with the glancing sampler (section 3.3).
 
@@ -439,7 +440,15 @@ def training_pass(
         draws: (B, L) int64 permutations instead (see :func:`nar_speech.losses.cif.glancing_mask`).
         hotwords: of the whole batch (Contextual).
         official_padding: see :meth:`Paraformer.predict`.
+        window: of a model with ``stream``: which of its windows; default: one drawn with ``generator`` in
+            training mode, else the first.
     """
+    if model.stream is not None and model.stream.windows:
+        from nar_speech.models.paraformer_stream import windowed_pass
+
+        return windowed_pass(
+            model, feats, lengths, tokens, token_lengths, generator, draws, official_padding, window
+        )
     return decoder_passes(
         model,
         *model.encode(feats, lengths),
@@ -464,28 +473,55 @@ def decoder_passes(
     official_padding: bool = False,
 ) -> TrainingPass:
     """:func:`training_pass` from the encoder's output (B, T, D) and lengths (B,) on."""
-    targets, target_lengths = tokens[:, : int(token_lengths.max())], token_lengths
-    if model.config.predictor_bias == 1:
-        targets, target_lengths = append_eos(tokens, token_lengths, EOS, IGNORE)
-    else:
-        places = torch.arange(targets.shape[1], device=targets.device)
-        targets = targets.masked_fill(places >= token_lengths[:, None], IGNORE)
+    targets, target_lengths = training_targets(model, tokens, token_lengths)
     cif = model.predict(encoder_out, encoder_lengths, target_lengths, official_padding)
     context = model.context(hotwords)
+
+    def decode(embeds: Tensor) -> Tensor:
+        return model.decode(encoder_out, encoder_lengths, embeds, target_lengths, context)
+
+    passes = glance(model, cif.embeds, targets, target_lengths, decode, generator, draws)
+    return TrainingPass(encoder_out, encoder_lengths, cif, targets, target_lengths, *passes)
+
+
+def training_targets(model: Paraformer, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets (B, L), -1 at padding, with the end-of-sentence token if the model has it, and lengths (B,)."""
+    if model.config.predictor_bias == 1:
+        return append_eos(tokens, lengths, EOS, IGNORE)
+    targets = tokens[:, : int(lengths.max())]
+    places = torch.arange(targets.shape[1], device=targets.device)
+    return targets.masked_fill(places >= lengths[:, None], IGNORE), lengths
+
+
+def glance(
+    model: Paraformer,
+    acoustic: Tensor,
+    targets: Tensor,
+    lengths: Tensor,
+    decode: Callable[[Tensor], Tensor],
+    generator: torch.Generator | None = None,
+    draws: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Decode ``acoustic`` (B, L, D), put labels where the sampler says, decode again.
+
+    Args:
+        targets: (B, L), -1 at padding; lengths: (B,).
+        decode: token vectors (B, L, D) to logits (B, L, V).
+
+    Returns:
+        ``first_logits``, ``keep``, ``embeds`` and ``logits`` of :class:`TrainingPass`.
+    """
     keep = valid = targets != IGNORE
-    embeds, first_logits = cif.embeds, None
+    embeds, first_logits = acoustic, None
     if model.config.sampling_ratio > 0:
         with torch.no_grad():
-            first_logits = model.decode(encoder_out, encoder_lengths, cif.embeds, target_lengths, context)
+            first_logits = decode(acoustic)
         if draws is None:
-            draws = random_orders(target_lengths, targets.shape[1], generator)
+            draws = random_orders(lengths, targets.shape[1], generator)
         keep, _ = glancing_mask(first_logits.argmax(-1), targets, model.config.sampling_ratio, draws, IGNORE)
-        labels = model.embed_tokens(targets).to(cif.embeds.dtype)
-        embeds = torch.where(keep[:, :, None], cif.embeds, labels) * valid[:, :, None]
-    logits = model.decode(encoder_out, encoder_lengths, embeds, target_lengths, context)
-    return TrainingPass(
-        encoder_out, encoder_lengths, cif, targets, target_lengths, first_logits, keep, embeds, logits
-    )
+        labels = model.embed_tokens(targets).to(acoustic.dtype)
+        embeds = torch.where(keep[:, :, None], acoustic, labels) * valid[:, :, None]
+    return first_logits, keep, embeds, decode(embeds)
 
 
 def paraformer_loss(
@@ -498,6 +534,7 @@ def paraformer_loss(
     draws: Tensor | None = None,
     hotwords: Hotwords | None = None,
     official_padding: bool = False,
+    window: int | None = None,
 ) -> dict[str, Tensor]:
     """The training loss of a Paraformer or BiCif model; arguments as :func:`training_pass`.
 
@@ -509,7 +546,7 @@ def paraformer_loss(
         accuracy of pass 1), and weight: what the loss was divided by (target tokens, or utterances).
     """
     run = training_pass(
-        model, feats, lengths, tokens, token_lengths, generator, draws, hotwords, official_padding
+        model, feats, lengths, tokens, token_lengths, generator, draws, hotwords, official_padding, window
     )
     return loss_terms(model, run, tokens, token_lengths)
 

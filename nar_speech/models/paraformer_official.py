@@ -155,7 +155,7 @@ def stream_conf(section: Mapping[str, Any], where: str = "encoder_conf") -> dict
         ConfigError: windows that are not numbers, or lists of them of different lengths.
     """
     if section.get("chunk_size") is None:
-        return {}
+        return {"padded": True}
     columns = {}
     for key, (name, default) in WINDOW_KEYS.items():
         value = section.get(key)
@@ -172,6 +172,7 @@ def stream_conf(section: Mapping[str, Any], where: str = "encoder_conf") -> dict
         "encoder_look_back": columns["encoder_look_back"][-1],
         "decoder_look_back": columns["decoder_look_back"][-1],
         "windows": windows,
+        "padded": True,
     }
 
 

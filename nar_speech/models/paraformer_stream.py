@@ -8,7 +8,6 @@ at once with the same result.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +15,36 @@ from torch import Tensor
 
 from nar_speech.errors import ConfigError
 from nar_speech.features import Frontend
-from nar_speech.layers.cif_stream import CifState, most_tokens
+from nar_speech.layers.cif import CifOutput
+from nar_speech.layers.cif_stream import (
+    CifState,
+    infer_windows,
+    most_tokens,
+    train_windows,
+    window_alphas,
+)
 from nar_speech.layers.frontend_stream import ChunkFrontend, ChunkFrontendState
+from nar_speech.layers.sanm import Padding, make_padding
 from nar_speech.layers.sanm_stream import (
     DecoderState,
     EncoderState,
     StreamConfig,
+    WindowConfig,
     check_grow,
 )
+from nar_speech.layers.sanm_windows import (
+    Windows,
+    check_streams_exactly,
+    encode_windows,
+    owned_frames,
+    stream_reach,
+    stream_windows,
+    token_windows,
+    training_reach,
+    training_windows,
+)
 from nar_speech.layers.state import named_tensors
-
-if TYPE_CHECKING:
-    from nar_speech.models.paraformer import Paraformer
+from nar_speech.models.paraformer import Paraformer, TrainingPass, glance, training_targets
 
 
 @dataclass(frozen=True)
@@ -125,10 +142,134 @@ def _begin_again(state: ParaformerState, final: Tensor) -> ParaformerState:
         return replace(part, **{n: v.masked_fill(shaped[n], 0) for n, v in values.items()})
 
     return ParaformerState(
-        clear(state.encoder, "feats", "frames", "filled"),
+        clear(state.encoder, "feats", "frames", "kept"),
         clear(state.predictor, "remainder", "hidden"),
-        clear(state.decoder, "memory", "filled", "tokens"),
+        clear(state.decoder, "memory", "kept", "tokens"),
     )
+
+
+@torch.no_grad()
+def recognise_stream(
+    model: Paraformer, feats: Tensor, lengths: Tensor, last_frames: Tensor | None = None
+) -> StreamOutput:
+    """What a stream of each utterance gives, all its steps together, computed in one piece.
+
+    Args:
+        feats: (B, T, F); not changed. lengths: (B,) int64.
+        last_frames: (B,) int64 frames of the last step, 0 to C, the rest being a multiple of C; default: 1 to
+            C. Streams of audio end with 0 where the audio is a whole number of chunks.
+
+    Raises:
+        ConfigError: a model that does not stream, or with ``stream.official``.
+    """
+    config = stream_config(model)
+    check_streams_exactly(config)
+    size = config.chunk[1]
+    if last_frames is None:
+        last_frames = torch.where(lengths > 0, (lengths - 1) % size + 1, 0)
+    windows = stream_windows(lengths, last_frames, config)
+    rows = encode_windows(model.encoder, feats, lengths, windows)
+    rows = rows.masked_fill(~windows.valid[:, :, None], 0.0)
+    alphas = window_alphas(model.predictor, rows, windows)
+    cif, ends = infer_windows(model.predictor, rows, alphas, lengths == 0)
+    counts, tokens = cif.token_lengths, cif.embeds.shape[1]
+    missing = torch.arange(tokens, device=feats.device) >= counts[:, None]
+    reach = stream_reach(windows, config, ends, counts)
+    groups = token_windows(windows, ends)
+    padding = Padding((~missing)[:, :, None].to(rows.dtype), reach, groups=groups)
+    log_probs = feats.new_zeros(len(feats), 0, model.config.vocab_size)
+    if tokens:
+        hidden = model.decoder.states(cif.embeds, padding, rows, reach)
+        log_probs = model.decoder.output_layer(hidden).float().log_softmax(dim=-1)
+    shown = windows.frames[ends.clamp_max(len(windows.frames) - 1)]
+    frames = torch.where(ends >= len(windows.frames), lengths[:, None], shown)  # behind all: by the tail
+    return StreamOutput(
+        log_probs.masked_fill(missing[:, :, None], 0.0),
+        counts,
+        frames.clamp_min(0).masked_fill(missing, -1),
+    )
+
+
+@dataclass(frozen=True)
+class WindowedCif:
+    """Training up to the predictor's tokens.
+
+    windows, and their encodings rows (B, N W, D); targets (B, L), -1 at padding, and target_lengths (B,);
+    cif: scaled to the targets; ends: (B, L) int64 row in which each token ends; reach: (B, 1, L, N W) bool
+    rows that the decoder looks at for it.
+    """
+
+    windows: Windows
+    rows: Tensor
+    targets: Tensor
+    target_lengths: Tensor
+    cif: CifOutput
+    ends: Tensor
+    reach: Tensor
+
+
+def windowed_cif(
+    model: Paraformer,
+    feats: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    token_lengths: Tensor,
+    config: WindowConfig,
+    official_padding: bool = False,
+) -> WindowedCif:
+    """Encode windows and predict the tokens of the targets; arguments as of ``training_pass``."""
+    windows = training_windows(lengths, config, stream_config(model).padded)
+    rows = encode_windows(model.encoder, feats, lengths, windows)
+    # The official code lets the predictor see padding, but where it has cut out frames for a CTC loss before.
+    padded = official_padding and model.config.ctc_weight == 0
+    there = windows.valid.any(dim=0) if padded else windows.valid
+    rows = rows.masked_fill(~there[..., None], 0.0)
+    targets, target_lengths = training_targets(model, tokens, token_lengths)
+    alphas = window_alphas(model.predictor, rows, windows)
+    cif, ends = train_windows(model.predictor, rows, alphas, target_lengths, official_padding)
+    reach = training_reach(windows, config, ends)
+    return WindowedCif(windows, rows, targets, target_lengths, cif, ends, reach)
+
+
+def windowed_passes(
+    model: Paraformer,
+    lengths: Tensor,
+    parts: WindowedCif,
+    config: WindowConfig,
+    generator: torch.Generator | None = None,
+    draws: Tensor | None = None,
+) -> TrainingPass:
+    """Both passes of the decoder over ``parts``; ``lengths`` (B,) of the features."""
+    targets, target_lengths, rows = parts.targets, parts.target_lengths, parts.rows
+    padding = make_padding(target_lengths, targets.shape[1], rows.dtype)
+
+    def decode(embeds: Tensor) -> Tensor:
+        return model.decoder.output_layer(model.decoder.states(embeds, padding, rows, parts.reach))
+
+    passes = glance(model, parts.cif.embeds, targets, target_lengths, decode, generator, draws)
+    encoder_out = owned_frames(rows, config, int(lengths.max()))
+    return TrainingPass(encoder_out, lengths, parts.cif, targets, target_lengths, *passes)
+
+
+def windowed_pass(
+    model: Paraformer,
+    feats: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    token_lengths: Tensor,
+    generator: torch.Generator | None = None,
+    draws: Tensor | None = None,
+    official_padding: bool = False,
+    window: int | None = None,
+) -> TrainingPass:
+    """:func:`nar_speech.models.paraformer.training_pass` of a model that learns to stream."""
+    choices = stream_config(model).windows
+    if window is None and model.training:
+        device = None if generator is None else generator.device
+        window = int(torch.randint(len(choices), (1,), generator=generator, device=device))
+    config = choices[window or 0]
+    parts = windowed_cif(model, feats, lengths, tokens, token_lengths, config, official_padding)
+    return windowed_passes(model, lengths, parts, config, generator, draws)
 
 
 @dataclass(frozen=True)
@@ -156,11 +297,10 @@ class ParaformerStream:
     def device(self) -> torch.device:
         return self.network.encoder.after_norm.weight.device
 
-    def init_state(self, slots: int) -> AudioState:
-        """State of ``slots`` streams that have not begun."""
-        return AudioState(
-            self.frontend.init_state(slots, self.device), self.network.init_state(slots, self.device)
-        )
+    def init_state(self, slots: int, grow: bool = False) -> AudioState:
+        """State of ``slots`` streams that have not begun; ``grow``: see :meth:`Paraformer.init_state`."""
+        frontend = self.frontend.init_state(slots, self.device)
+        return AudioState(frontend, self.network.init_state(slots, self.device, grow=grow))
 
     @torch.no_grad()
     def step(

@@ -10,17 +10,27 @@ import torch
 from torch import Tensor
 
 from nar_speech.features import Frontend, read_kaldi_cmvn
-from nar_speech.layers.cif_stream import step_cif
+from nar_speech.layers.cif import prefix_track
+from nar_speech.layers.cif_stream import step_cif, window_alphas
 from nar_speech.layers.sanm_stream import (
     DecoderState,
     EncoderState,
     StreamConfig,
+    WindowConfig,
     _window,
     step_decoder,
     step_encoder,
+    token_memories,
 )
-from nar_speech.models.paraformer import Paraformer
-from nar_speech.models.paraformer_stream import ParaformerState, ParaformerStream
+from nar_speech.layers.sanm_windows import Windows, training_windows
+from nar_speech.models.paraformer import Paraformer, loss_terms, training_pass
+from nar_speech.models.paraformer_stream import (
+    ParaformerState,
+    ParaformerStream,
+    WindowedCif,
+    windowed_cif,
+    windowed_passes,
+)
 from tests.golden_kinds.paraformer_frontend import frontend_config
 
 if TYPE_CHECKING:
@@ -39,11 +49,20 @@ def set_stream(model: Paraformer, meta: dict[str, Any], official: bool = True) -
     return model.stream
 
 
-def split_heads(past: Tensor, filled: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Keys and values (1, H, T, D) of the rows (1, M, 2 D) that are in use."""
-    used = past[:, past.shape[1] - int(filled[0]) :]
+def split_heads(past: Tensor, kept: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (1, H, T, D) of the rows (1, M, 2 D) that exist."""
+    used = past[:, kept[0]]
     key, value = used.chunk(2, dim=-1)
     return tuple(x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (key, value))
+
+
+def append(old: EncoderState | DecoderState, fresh: list[Tensor], limit: int | None) -> dict[str, Tensor]:
+    """``past`` and ``kept`` with new keys and values (1, T, 2 D) of each layer, the last ``limit`` rows."""
+    past = torch.cat([old.past, torch.stack(fresh, dim=1)], dim=2)
+    kept = torch.cat([old.kept, old.kept.new_ones(1, fresh[0].shape[1])], dim=1)
+    if limit is not None:
+        kept = kept & (torch.arange(kept.shape[1]) >= kept.shape[1] - limit)
+    return {"past": past, "kept": kept}
 
 
 class Probe:
@@ -69,13 +88,14 @@ class Probe:
     def chunk(self, feats: Tensor, length: int, final: bool) -> dict[str, Tensor]:
         model, config, state = self.model, self.config, self.state
         lengths, last = torch.tensor([length]), torch.tensor([final])
-        encoded, rows, encoder = step_encoder(model.encoder, config, feats, lengths, state.encoder)
+        encoded, valid, encoder = step_encoder(model.encoder, config, feats, lengths, state.encoder)
+        rows = int(valid.sum())
         if final:
             encoder = self._last_encoder(feats, lengths, encoder)
-        cif, predictor = step_cif(model.predictor, config, encoded, rows, state.predictor, last)
+        cif, predictor = step_cif(model.predictor, config, encoded, valid, state.predictor, last)
         count = int(cif.counts[0])
         got = {
-            "encoder_out": encoded[:, : int(rows[0])],
+            "encoder_out": encoded[:, :rows],
             "token_num": cif.counts,
             "cif_alphas": predictor.remainder[:, None],
             "cif_hidden": predictor.hidden[:, None],
@@ -83,10 +103,10 @@ class Probe:
         decoder = state.decoder
         if count:
             hidden, decoder = step_decoder(
-                model.decoder, config, cif.embeds, cif.counts, encoded, rows, state.decoder
+                model.decoder, config, cif.embeds, cif.counts, encoded, valid, state.decoder
             )
             if final:
-                decoder = self._last_decoder(int(rows[0]), decoder)
+                decoder = self._last_decoder(rows, decoder)
             got["acoustic_embeds"] = cif.embeds[:, :count]
             got["log_probs"] = model.decoder.output_layer(hidden).log_softmax(-1)[:, :count]
         self.state = ParaformerState(encoder, predictor, decoder)
@@ -96,32 +116,24 @@ class Probe:
         """The encoder's caches behind a last chunk of ``lengths`` frames."""
         config, old = self.config, self.state.encoder
         window, rows, _ = _window(self.model.encoder, config, feats, lengths, old)
-        valid = window[:, : int(rows[0])]
+        valid = window[:, rows[0]]
         keep = valid.shape[1] if config.widens else config.context
         new = dataclasses.replace(new, feats=valid[:, valid.shape[1] - keep :])
         if not config.encoder_reach:
             return new
-        kept, size = max(int(rows[0]) - config.chunk[2], 0), self.model.encoder.output_size
-        limit = old.filled + kept
-        if config.encoder_reach > 0 and int(old.filled[0]):
-            limit = limit.clamp_max(config.encoder_reach * config.chunk[1])
+        kept, size = max(valid.shape[1] - config.chunk[2], 0), self.model.encoder.output_size
+        limit = config.encoder_reach * config.chunk[1] if config.encoder_reach > 0 and old.frames[0] else None
         fresh = [self.projected[f"encoder {i}"][:, :kept, size:] for i in range(old.past.shape[1])]
-        return dataclasses.replace(
-            new, past=torch.cat([old.past, torch.stack(fresh, dim=1)], dim=2), filled=limit
-        )
+        return dataclasses.replace(new, **append(old, fresh, limit))
 
     def _last_decoder(self, rows: int, new: DecoderState) -> DecoderState:
         """The decoder's caches behind a last chunk with a window of ``rows`` rows."""
         config, old = self.config, self.state.decoder
         if not config.decoder_reach:
             return new
-        limit = old.filled + rows
-        if config.decoder_reach > 0:
-            limit = limit.clamp_max(config.decoder_reach * config.chunk[1])
+        limit = config.decoder_reach * config.chunk[1] if config.decoder_reach > 0 else None
         fresh = [self.projected[f"decoder {i}"][:, :rows] for i in range(old.past.shape[1])]
-        return dataclasses.replace(
-            new, past=torch.cat([old.past, torch.stack(fresh, dim=1)], dim=2), filled=limit
-        )
+        return dataclasses.replace(new, **append(old, fresh, limit))
 
     def caches(self) -> dict[str, Tensor]:
         """The state under the names of the recorded tensors."""
@@ -129,15 +141,30 @@ class Probe:
         got = {"final_enc_feats_cache": encoder.feats}
         heads = self.model.encoder.config.attention_heads
         for number in range(encoder.past.shape[1]):
-            key, value = split_heads(encoder.past[:, number], encoder.filled, heads)
+            key, value = split_heads(encoder.past[:, number], encoder.kept, heads)
             got |= {f"final_enc_k_{number}": key, f"final_enc_v_{number}": value}
         heads = self.model.decoder.config.attention_heads
         for number in range(decoder.past.shape[1]):
-            key, value = split_heads(decoder.past[:, number], decoder.filled, heads)
+            key, value = split_heads(decoder.past[:, number], decoder.kept, heads)
             got |= {f"final_dec_k_{number}": key, f"final_dec_v_{number}": value}
         for number in range(decoder.memory.shape[1]):
             got[f"final_dec_fsmn_{number}"] = decoder.memory[:, number].transpose(1, 2)
         return got
+
+
+def check_gradients(case: Case, model: Paraformer, loss: Tensor) -> Iterator[Check]:
+    """Recorded gradients, their norms, and which parameters have one."""
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name in case.io:
+        if name.startswith("grad."):
+            yield case.close(name, gradients[name.removeprefix("grad.")])
+    norms = case.meta.get("grad_norms", {})
+    if norms:
+        names = list(norms)
+        mine = torch.stack([gradients[n].norm() if n in gradients else torch.zeros(()) for n in names])
+        yield case.close("grad_norms", mine, torch.tensor([norms[n] for n in names]))
+        yield case.equal("parameters with a gradient", sorted(gradients), sorted(norms))
 
 
 def chunks_of(case: Case, model: Paraformer) -> Iterator[tuple[Tensor, int, bool, dict[str, Any]]]:
@@ -152,6 +179,15 @@ def chunks_of(case: Case, model: Paraformer) -> Iterator[tuple[Tensor, int, bool
 
 def kept_ids(log_probs: Tensor, count: int) -> list[int]:
     return [i for i in log_probs[0, :count].argmax(-1).tolist() if i > 2]
+
+
+def has_defect(model: Paraformer, config: StreamConfig) -> bool:
+    """Whether the official code does anything with this model that ours does only when asked to."""
+    decoder, conf = model.decoder, model.config.predictor_conf
+    ahead = any(layer.self_attn.right != 0 for layer in token_memories(decoder))
+    heavy = conf.smooth_factor - conf.noise_threshold > 1 or conf.tail_threshold > 1
+    same_size = model.encoder.input_size == model.encoder.output_size
+    return config.chunk[2] == 0 or config.decoder_look_back < 0 or ahead or heavy or same_size
 
 
 def online(case: Case) -> Iterator[Check]:
@@ -175,6 +211,14 @@ def online(case: Case) -> Iterator[Check]:
         if f"c{number:02d}_log_probs" in case.io:
             want = case.io[f"c{number:02d}_log_probs"]
             yield case.close(f"chunk {number} log_probs (step)", out.log_probs[:, :count], want)
+    if not has_defect(model, config):
+        set_stream(model, case.meta, official=False)
+        state = model.init_state(1, grow=True)
+        for number, (feats, length, final, _) in enumerate(chunks_of(case, model)):
+            out, state = model.step(feats, torch.tensor([length]), state, torch.tensor([final]))
+            want = case.io.get(f"c{number:02d}_log_probs", out.log_probs[:, :0])
+            got = out.log_probs[:, : int(out.token_lengths[0])]
+            yield case.close(f"chunk {number} log_probs (ours)", got, want)
     for name, value in probe.caches().items():
         if name in case.io:
             want = case.io[name]
@@ -195,7 +239,7 @@ def online_audio(case: Case) -> Iterator[Check]:
         model, Frontend(conf, read_kaldi_cmvn(files[0]) if files else None), official_tail=True
     )
     wave, held, position = case.io["wav"], torch.zeros(0), 0
-    state, number = stream.init_state(1), 0
+    state, number = stream.init_state(1, grow=True), 0
     for call, entry in enumerate(case.meta["calls"]):
         held = torch.cat([held, wave[position : position + entry["samples"]]])
         position += entry["samples"]
@@ -221,4 +265,139 @@ def online_audio(case: Case) -> Iterator[Check]:
             number += 1
 
 
-HANDLERS = {"online": online, "online_audio": online_audio}
+class ChunkedAxis:
+    """From our rows, windows side by side, to the official axis, which has zero rows in front of each."""
+
+    def __init__(self, windows: Windows, shift: int, size: int):
+        self.windows, self.shift, self.size = windows, shift, size
+
+    def __call__(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Dimension ``dim`` of N W rows becomes the recorded one."""
+        x = x.movedim(dim, -1).unflatten(-1, (self.windows.number, self.windows.size))
+        x = torch.nn.functional.pad(x, (self.shift, 0)).flatten(-2)[..., : self.size]
+        return x.movedim(-1, dim)
+
+
+def _check_masks(case: Case, windows: Windows, axis: ChunkedAxis, left: int) -> Iterator[Check]:
+    """The masks of ``overlap_chunk`` as our layout implies them. The longest utterance has every row."""
+    lengths = case.io["speech_lengths"]
+    longest = int(lengths.argmax())
+    frames = int(lengths.max())
+    there = axis(torch.ones(len(windows.frames)), 0)[:, None]
+    shown = torch.arange(-left, frames) == windows.frames[:, None]
+    own = windows.own[longest]
+    taken = (torch.arange(frames)[:, None] == windows.frames) & own
+    rest = windows.valid.long().mul(windows.window == windows.last[:, None]).sum(1)
+    got = {
+        "chunk_x_add_mask": axis(shown.float(), 0),
+        "chunk_x_len_chunk": windows.last * (windows.size + axis.shift) + axis.shift + rest,
+        "chunk_x_rm_mask": axis(taken.float(), 1),
+        "chunk_x_len": lengths,
+        "chunk_mask_shift_chunk": there,
+        "chunk_mask_chunk_predictor": axis(own.float(), 0)[:, None],
+        "chunk_mask_att_chunk_encoder": axis(axis(windows.sees.float(), 0), 1),
+        "chunk_mask_shift_att_chunk_decoder": there,
+    }
+    for name, value in got.items():
+        if name in case.io:
+            yield case.close(name, value.to(case.io[name].dtype))
+
+
+def _window_of(case: Case, model: Paraformer) -> int:
+    """Which of the model's windows the recorded tensors show.
+
+    The case states it, but the shared one states 1 where every tensor is that of 0: what it recorded decides.
+    """
+    shift = (model.encoder.config.kernel_size - 1) // 2
+
+    def fits(number: int) -> bool:
+        windows = training_windows(case.io["speech_lengths"], model.stream.windows[number], padded=True)
+        rest = windows.valid.long().mul(windows.window == windows.last[:, None]).sum(1)
+        sizes = windows.last * (windows.size + shift) + shift + rest
+        return torch.equal(sizes.float(), case.io["chunk_x_len_chunk"].float())
+
+    stated = int(case.meta.get("chunk_choice", 0))
+    others = [i for i in range(len(model.stream.windows)) if i != stated]
+    return next((i for i in [stated, *others] if fits(i)), stated)
+
+
+def lost_vectors(peaks: Tensor, targets: Tensor) -> Tensor:
+    """(B,) bool: where rounding left the official sum below its target and the last vector is missing."""
+    return (peaks >= 1).sum(dim=1) == targets - 1
+
+
+def without_last(embeds: Tensor, lengths: Tensor, lost: Tensor) -> Tensor:
+    """Token vectors (B, L, D) with zeros in place of the last one where ``lost``."""
+    last = torch.arange(embeds.shape[1]) == lengths[:, None] - 1
+    return embeds.masked_fill((last & lost[:, None])[:, :, None], 0.0)
+
+
+def _lose(parts: WindowedCif, io: dict[str, Tensor], conf: WindowConfig) -> WindowedCif:
+    """What the official code goes on with where rounding loses it a last token, which ours never does.
+
+    Its vector is zero where the parallel sum stays below the target. The place of the token, from another sum
+    in float32, is then the last window of the whole batch, of which a shorter utterance may have nothing.
+    """
+    lengths, windows = parts.target_lengths, parts.windows
+    embeds = without_last(parts.cif.embeds, lengths, lost_vectors(io["pred_peaks"], lengths))
+    placeless = io["frame_alignments"].sum(dim=1) < lengths
+    window, end = windows.window, windows.number - 1
+    reach = (window == end) & windows.valid
+    reach = reach | ((window < end) & (window >= end - conf.decoder_look_back) & windows.own)
+    last = (torch.arange(embeds.shape[1]) == lengths[:, None] - 1) & placeless[:, None]
+    reach = torch.where(last[:, None, :, None], reach[:, None, None], parts.reach)
+    return dataclasses.replace(parts, cif=dataclasses.replace(parts.cif, embeds=embeds), reach=reach)
+
+
+def online_train_masks(case: Case) -> Iterator[Check]:
+    """Training on windows: masks, both passes with the recorded draws, the losses and gradients."""
+    from tests.golden_kinds.paraformer import _draws, build
+
+    model, io = build(case).train(), case.io
+    number = _window_of(case, model)
+    conf, shift = model.stream.windows[number], (model.encoder.config.kernel_size - 1) // 2
+    batch = io["speech"], io["speech_lengths"], io["text"], io["text_lengths"]
+    ours = windowed_cif(model, *batch, conf, official_padding=True)
+    axis = ChunkedAxis(ours.windows, shift, io["chunk_mask_shift_chunk"].shape[0])
+    yield from _check_masks(case, ours.windows, axis, conf.left)
+    parts = _lose(ours, io, conf)
+    draws = _draws(case, ours.targets.shape[1])
+    run = windowed_passes(model, io["speech_lengths"], parts, conf, draws=draws)
+    if parts.cif.embeds.equal(ours.cif.embeds) and parts.reach.equal(ours.reach):
+        whole = training_pass(model, *batch, draws=draws, official_padding=True, window=number)
+        yield case.close("logits (training_pass)", whole.logits, run.logits)
+    terms = loss_terms(model, run, io["text"], io["text_lengths"])
+    valid = run.targets != -1
+    alphas = window_alphas(model.predictor, parts.rows, parts.windows)
+    peaks = prefix_track(model.predictor.scale(axis(alphas), run.target_lengths)[1])
+    # From the row of a lost last token on, the official track holds the whole weight instead.
+    lost = lost_vectors(io["pred_peaks"], run.target_lengths)
+    last = ours.ends.masked_fill(~valid, -1).amax(dim=1, keepdim=True)
+    behind = (axis(torch.arange(len(parts.windows.frames)) == last).cumsum(dim=1) > 0) & lost[:, None]
+    fires = torch.zeros(len(alphas), len(parts.windows.frames)).scatter_add(
+        1, ours.ends.masked_fill(~valid, 0), valid.float()
+    )
+    placeless = io["frame_alignments"].sum(dim=1) < run.target_lengths
+    fires = axis(fires.scatter_add(1, last, -placeless.float()[:, None]))
+    # Windows behind an utterance hold numbers without meaning, other ones there than here.
+    here = axis(parts.windows.window <= parts.windows.last[:, None])[:, :, None]
+    got = {
+        "pred_alphas": axis(run.cif.alphas),
+        "pred_peaks": torch.where(behind, io["pred_peaks"], peaks),
+        "pred_token_num": run.cif.token_num,
+        "frame_alignments": fires,
+        "frame_alignments_len": run.target_lengths - placeless.long(),
+        "encoder_out_masked": torch.where(here, axis(parts.rows), io["encoder_out_masked"]),
+        "pre_acoustic_embeds": run.cif.embeds,
+        "semantic_embeds": run.embeds,
+        "scama_mask": axis(parts.reach[:, 0].float() * valid[:, :, None], 2),
+        "first_pass_logits": run.first_logits * valid[:, :, None],
+        **{n: terms[n].reshape(1) for n in ("loss", "loss_att", "loss_pre", "loss_ctc") if n in terms},
+    }
+    for name, value in got.items():
+        if name in io:
+            yield case.close(name, value.to(io[name].dtype))
+    yield from check_gradients(case, model, terms["loss"])
+
+
+HANDLERS = {"online": online, "online_audio": online_audio, "online_train_masks": online_train_masks}

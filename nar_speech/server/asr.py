@@ -1,0 +1,373 @@
+"""Streaming recognisers for the engine: a network that steps through audio, and the text of each stream.
+
+Everything here but :func:`load_stream` speaks the engine's contract (:mod:`nar_speech.engine.model`) and
+knows nothing of servers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nar_speech.engine.endpoint import EndpointRules
+from nar_speech.engine.events import Event, Final, Partial
+from nar_speech.engine.model import Control, SecondPass, SessionOptions, StreamModel
+from nar_speech.engine.partials import StablePrefix
+from nar_speech.engine.speech import WithVad
+from nar_speech.errors import ConfigError, InputError
+from nar_speech.hub import LoadedModel
+from nar_speech.layers.silero import SAMPLE_RATE, SileroVad
+from nar_speech.models.ctc import CtcModel
+from nar_speech.models.ctc_stream import CtcStream
+from nar_speech.models.paraformer import EOS, Paraformer
+from nar_speech.models.paraformer_stream import ParaformerStream
+from nar_speech.pipelines.recognize import make_bias, tidy
+from nar_speech.pipelines.transcribe import pick_device, pick_dtype, resolve_dtype
+from nar_speech.search.context import ContextGraph
+from nar_speech.search.ctc import token_borders
+from nar_speech.search.ctc_stream import BeamStream, GreedyStream
+from nar_speech.server.logs import logger
+from nar_speech.text.tokenizer import Tokenizer
+from nar_speech.types import Token, Word
+
+KNOWN = ("endpoint", "language", "hotwords", "second_pass")  # settings of a session
+CANDIDATES = 8  # symbols of each CTC frame that are read back, for hotwords
+BEAM, BEAM_MARGIN, HOTWORD_SCORE = 8, 12.0, 3.0
+LEAD = 3.0  # seconds before the first token that a second pass hears too
+TOKEN_SECONDS = 0.6  # a token of a Paraformer is not longer; what is left is silence
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Token ids of an utterance so far, start and end of each in seconds of it, and probabilities."""
+
+    ids: tuple[int, ...] = ()
+    starts: tuple[float, ...] = ()
+    ends: tuple[float, ...] = ()
+    confidences: tuple[float, ...] = ()
+
+
+class Hearing(Protocol):
+    """Collects the tokens of one utterance. ``agreement``: hypotheses that must agree to be promised."""
+
+    agreement: int
+
+    def push(self, row: Mapping[str, np.ndarray]) -> None:
+        """Take in one step of this stream."""
+
+    def heard(self, seconds: float, final: bool) -> Heard:
+        """What was heard in ``seconds``."""
+
+    def export(self) -> dict[str, Any]:
+        """Plain data."""
+
+    def restore(self, data: dict[str, Any]) -> None:
+        """Take over what :meth:`export` gave."""
+
+
+class CtcHearing:
+    """Greedy search, or a beam where ``graph`` favours words."""
+
+    def __init__(self, blank: int, frame_seconds: float, graph: ContextGraph | None):
+        self.frame_seconds, self.beam = frame_seconds, graph is not None
+        self.agreement = 2 if self.beam else 1
+        self.search: Any = GreedyStream(blank)
+        if self.beam:
+            self.search = BeamStream(BEAM, blank, graph, blank_skip=0.99, margin=BEAM_MARGIN)
+
+    def push(self, row: Mapping[str, np.ndarray]) -> None:
+        """See :class:`nar_speech.models.ctc_stream.CtcFrames`."""
+        count = int(row["counts"])
+        more = (row["blanks"][:count],) if self.beam else ()
+        self.search.push(row["values"][:count], row["symbols"][:count], *more)
+
+    def heard(self, seconds: float, final: bool) -> Heard:
+        """Times from the frames of the best path."""
+        if final:
+            self.search.finish()
+        found = self.search.hypothesis(final) if self.beam else self.search.hypothesis()
+        borders = token_borders(found.times, seconds, self.frame_seconds) if found.tokens else []
+        starts, ends = tidy([a for a, _ in borders], [b for _, b in borders], seconds)
+        return Heard(found.tokens, starts, ends, found.confidences)
+
+    def export(self) -> dict[str, Any]:
+        """Plain data."""
+        return self.search.export()
+
+    def restore(self, data: dict[str, Any]) -> None:
+        """Take over what :meth:`export` gave."""
+        self.search.restore(data)
+
+
+class TokenHearing:
+    """Tokens that the network has decided; none ever changes."""
+
+    agreement = 1
+
+    def __init__(self, frame_seconds: float):
+        self.frame_seconds = frame_seconds
+        self.ids: list[int] = []
+        self.frames: list[int] = []
+        self.sure: list[float] = []
+
+    def push(self, row: Mapping[str, np.ndarray]) -> None:
+        """See :class:`TokenStep`."""
+        count = int(row["counts"])
+        kept = [u for u, token in enumerate(row["ids"][:count].tolist()) if token > EOS]
+        for own, name in ((self.ids, "ids"), (self.frames, "frames"), (self.sure, "sure")):
+            own += row[name][kept].tolist()
+
+    def heard(self, seconds: float, final: bool) -> Heard:
+        """A token ends in the frame in which it fired and begins where the one before it ended."""
+        ends = [(frame + 1) * self.frame_seconds for frame in self.frames]
+        starts = [max(before, end - TOKEN_SECONDS) for before, end in zip([0.0, *ends], ends, strict=False)]
+        starts, ends = tidy(starts, ends, seconds)
+        return Heard(tuple(self.ids), starts, ends, tuple(self.sure))
+
+    def export(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"ids": self.ids, "frames": self.frames, "sure": self.sure}
+
+    def restore(self, data: dict[str, Any]) -> None:
+        """Take over what :meth:`export` gave."""
+        try:
+            self.ids, self.frames = ([int(i) for i in data[name]] for name in ("ids", "frames"))
+            self.sure = [float(p) for p in data["sure"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError("tokens: damaged state; begin a new utterance") from error
+
+
+@dataclass(frozen=True)
+class TokenStep:
+    """Tokens of a step: ids, frames (B, U) int64, sure (B, U) float32 probabilities, counts (B,) int64."""
+
+    ids: Tensor
+    frames: Tensor
+    sure: Tensor
+    counts: Tensor
+
+
+class SpeechModel:
+    """A :class:`nar_speech.engine.StreamModel` that writes down what it hears.
+
+    Settings of a session: ``hotwords`` (CTC, or with a second pass), ``language`` (one of the model's;
+    without effect), ``second_pass`` {model, options}: a batch model that hears finished utterances again.
+
+    Args:
+        stream: audio to candidates or tokens.
+    """
+
+    def __init__(self, stream: CtcStream | ParaformerStream, tokenizer: Tokenizer, name: str = ""):
+        self.stream, self.tokenizer = stream, tokenizer
+        self.sample_rate, self.chunk = stream.sample_rate, stream.chunk
+        self.first = getattr(stream, "first", stream.chunk)
+        self.device = torch.device(stream.device)
+        self.ctc = isinstance(stream, CtcStream)
+        self.signature = f"{type(stream).__name__}:{name}"
+
+    def init_state(self, slots: int) -> Any:
+        """See :class:`StreamModel`."""
+        return self.stream.init_state(slots)
+
+    @torch.no_grad()
+    def step(self, audio: Tensor, lengths: Tensor, final: Tensor, state: Any) -> tuple[Any, Any]:
+        """See :class:`StreamModel`; of a Paraformer's probabilities only the best go to the host."""
+        output, state = self.stream.step(audio, lengths, final, state)
+        if self.ctc:
+            return output, state
+        best, ids = output.log_probs.max(-1)
+        return TokenStep(ids, output.frames, best.exp(), output.token_lengths), state
+
+    def hearing(self, graph: ContextGraph | None) -> Hearing:
+        """Of one utterance."""
+        if self.ctc:
+            return CtcHearing(self.stream.network.config.blank, self.stream.frame_seconds, graph)
+        return TokenHearing(self.stream.frontend.frontend.frame_shift)
+
+    def collector(self, options: SessionOptions) -> TextCollector:
+        """See :class:`StreamModel`.
+
+        Raises:
+            InputError: a setting that this model does not have, a word that it can't spell.
+        """
+        settings = dict(options.settings)
+        unknown = [name for name in settings if name not in KNOWN]
+        if unknown:
+            raise ConfigError(f"settings: unknown key '{unknown[0]}'; valid keys: {', '.join(KNOWN)}")
+        if settings.get("endpoint"):
+            raise ConfigError("settings: endpoint: this model has no voice activity detection; leave it out")
+        second, graph = settings.get("second_pass"), None
+        if second is not None and not (isinstance(second, Mapping) and isinstance(second.get("model"), str)):
+            raise ConfigError("settings: second_pass: expected a mapping with the name of a batch model")
+        words = settings.get("hotwords") or ()
+        if words and self.ctc:
+            graph = make_bias(tuple(words), self.tokenizer, HOTWORD_SCORE).graph
+        elif words and second is None:
+            raise ConfigError("hotwords: this streaming model takes none; use one with a second pass")
+        kind = TextCollector if second is None else TwoPassTextCollector
+        return kind(self, graph, second)
+
+
+class TextCollector:
+    """Tokens of one stream into partial and final texts."""
+
+    def __init__(self, model: SpeechModel, graph: ContextGraph | None, second: Mapping[str, Any] | None):
+        self.model, self.graph, self.second_pass = model, graph, second
+        self.segment = self.begin = self.heard_until = 0  # the open segment; samples of stream time
+        self._next()
+
+    def _next(self) -> None:
+        self.hearing = self.model.hearing(self.graph)
+        self.prefix = StablePrefix(agreement=self.hearing.agreement)
+
+    def push(self, row: dict[str, np.ndarray], samples: int, final: bool) -> Sequence[Event | Control]:
+        """See :class:`nar_speech.engine.Collector`."""
+        rate, tokenizer = self.model.sample_rate, self.model.tokenizer
+        self.heard_until = samples
+        self.hearing.push(row)
+        begin, end = self.begin / rate, samples / rate
+        heard = self.hearing.heard(end - begin, final)
+        text = tokenizer.decode(heard.ids)
+        if not final:
+            changed = text != self.prefix.text
+            before, self.prefix = self.prefix.stable, self.prefix.update(text)
+            if not text or not (changed or self.prefix.stable > before):
+                return []
+            start = begin + heard.starts[0] if heard.starts else begin
+            return [Partial(self.segment, self.prefix.text, self.prefix.stable, start, end)]
+        starts, ends = ([begin + t for t in times] for times in (heard.starts, heard.ends))
+        words = tokenizer.words(heard.ids, starts, ends, heard.confidences)
+        pieces = tokenizer.pieces(heard.ids)
+        tokens = tuple(map(Token, heard.ids, pieces, starts, ends, heard.confidences))
+        event = Final(
+            self.segment, text, words, tokens, starts[0] if starts else begin, ends[-1] if ends else end
+        )
+        self.segment, self.begin = self.segment + 1, samples
+        self._next()
+        return [event]
+
+    def export(self) -> dict[str, Any]:
+        """See :class:`nar_speech.engine.Collector`."""
+        return {
+            "segment": self.segment,
+            "begin": self.begin,
+            "heard_until": self.heard_until,
+            "prefix": self.prefix.export(),
+            "hearing": self.hearing.export(),
+        }
+
+    def restore(self, data: dict[str, Any]) -> None:
+        """See :class:`nar_speech.engine.Collector`."""
+        self.segment, self.begin = int(data["segment"]), int(data["begin"])
+        self.heard_until = int(data["heard_until"])
+        self.prefix = self.prefix.restore(data["prefix"])
+        self.hearing.restore(data["hearing"])
+
+
+class TwoPassTextCollector(TextCollector):
+    """The same; finished utterances with text go to a batch model, whose text replaces theirs.
+
+    The second pass hears the utterance from a little before its first token: silence before it may be long.
+    """
+
+    def __init__(self, model: SpeechModel, graph: ContextGraph | None, second: Mapping[str, Any]):
+        super().__init__(model, graph, second)
+        self.needed: int | None = 0
+
+    def push(self, row: dict[str, np.ndarray], samples: int, final: bool) -> Sequence[Event | Control]:
+        """See :class:`nar_speech.engine.Collector`."""
+        first = self.needed
+        events = list(super().push(row, samples, final))
+        if not final:
+            if not self.prefix.text:
+                self.needed = max(first, samples - round(LEAD * self.model.sample_rate))
+            return events
+        self.needed = samples
+        (event,) = events
+        if event.text:
+            tag = {
+                "segment": event.segment,
+                "text": event.text,
+                "start": event.start,
+                "end": event.end,
+                "first": first / self.model.sample_rate,
+            }
+            options = dict(self.second_pass.get("options") or {})
+            events.append(SecondPass(self.second_pass["model"], first, samples, options, tag))
+        return events
+
+    def second(self, tag: Any, result: Any, error: BaseException | None) -> Sequence[Event | Control]:
+        """See :class:`nar_speech.engine.TwoPassCollector`: a Transcript; where it failed, the first text."""
+        if error is not None:
+            logger.warning("second pass failed", extra={"reason": type(error).__name__})
+            return [Final(tag["segment"], tag["text"], (), (), tag["start"], tag["end"], "offline")]
+        words, tokens = (
+            tuple(moved(item, tag["first"]) for item in items)
+            for items in (result.words, [t for s in result.segments for t in s.tokens])
+        )
+        return [Final(tag["segment"], result.text, words, tokens, tag["start"], tag["end"], "offline")]
+
+    def export(self) -> dict[str, Any]:
+        """See :class:`nar_speech.engine.Collector`."""
+        return {**super().export(), "needed": self.needed}
+
+    def restore(self, data: dict[str, Any]) -> None:
+        """See :class:`nar_speech.engine.Collector`."""
+        super().restore(data)
+        self.needed = int(data["needed"])
+
+
+def moved(item: Any, seconds: float) -> Any:
+    """A :class:`Word` or :class:`Token`, later."""
+    if isinstance(item, Word):
+        return Word(item.text, item.start + seconds, item.end + seconds, item.confidence)
+    return Token(item.id, item.text, item.start + seconds, item.end + seconds, item.confidence)
+
+
+def can_stream(parts: LoadedModel) -> bool:
+    """Whether a model has what it takes to hear live speech."""
+    network = parts.network
+    if isinstance(network, Paraformer):
+        return network.stream is not None
+    if not isinstance(network, CtcModel):
+        return False
+    try:
+        network.chunking()
+    except ConfigError:
+        return False
+    return True
+
+
+def load_stream(parts: LoadedModel, device: str = "auto", dtype: str = "float32") -> StreamModel:
+    """A model that hears live speech and tells when somebody speaks; ``parts`` belong to it from now on.
+
+    Raises:
+        ConfigError: it hears whole utterances only, or not at 16 kHz; int8.
+    """
+    if not can_stream(parts):
+        raise ConfigError(f"model '{parts.card.name}': recognises files only, it can't hear live speech")
+    place = pick_device(device)
+    kind = resolve_dtype(dtype, place)
+    if kind == "int8":
+        raise ConfigError("dtype int8: streaming models compute in float32 or bfloat16")
+    network = parts.network.to(place, pick_dtype(kind)).eval()
+    frontend = parts.frontend.to(place).eval()
+    stream: CtcStream | ParaformerStream
+    if isinstance(network, Paraformer):
+        stream = ParaformerStream(network, frontend)
+    else:
+        chunking = network.chunking()
+        if chunking.left < 0:  # of the whole past; a slot has room for four chunks
+            chunking = network.chunking(left=4 * chunking.frames)
+        stream = CtcStream(network, frontend, chunking, min(CANDIDATES, network.config.vocab_size))
+    if stream.sample_rate != SAMPLE_RATE:
+        raise ConfigError(
+            f"model '{parts.card.name}': hears {stream.sample_rate} Hz; live speech needs 16000"
+        )
+    model = SpeechModel(stream, parts.tokenizer, parts.card.name)
+    return WithVad(model, SileroVad.from_package(), EndpointRules())

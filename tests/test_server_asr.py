@@ -1,0 +1,240 @@
+"""Streaming recognisers in the engine: their texts, times, second passes, hotwords and snapshots."""
+
+import tests.server_extra  # noqa: F401  skips this file where the extra is missing
+
+# isort: split
+
+import numpy as np
+import pytest
+import torch
+
+from nar_speech import hub
+from nar_speech.audio import read_audio
+from nar_speech.engine import (
+    Closed,
+    Engine,
+    EngineOptions,
+    Final,
+    Partial,
+    SessionOptions,
+    SpeechStarted,
+    SpeechStopped,
+)
+from nar_speech.errors import ConfigError, InputError
+from nar_speech.models.ctc_stream import CtcStream
+from nar_speech.models.paraformer_stream import ParaformerStream
+from nar_speech.search.ctc_stream import GreedyStream
+from nar_speech.server.asr import SpeechModel, TokenHearing, can_stream, load_stream
+from nar_speech.server.models import load_models, load_stream_model
+from nar_speech.server.settings import ModelSpec, Settings
+from nar_speech.types import Segment, Transcript, Word
+from tests.model_folders import CONFORMER, ctc_folder, paraformer_folder
+from tests.streams import drive
+
+torch.set_num_threads(1)
+RATE = 16000
+OPTIONS = EngineOptions(max_sessions=4, buckets=(1, 2, 4))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("models")
+    causal = {**CONFORMER, "causal": True, "use_dynamic_chunk": True}
+    return {
+        "ctc": ctc_folder(base / "ctc", encoder_conf=causal),
+        "paraformer": paraformer_folder(base / "paraformer", stream={"chunk": [5, 10, 5]}, predictor="v2"),
+        "offline": ctc_folder(base / "offline"),
+    }
+
+
+@pytest.fixture(scope="module")
+def parts(folders):
+    return {name: hub.load_parts(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def models(parts):
+    made = {"ctc": CtcStream, "paraformer": ParaformerStream}
+    return {
+        name: SpeechModel(
+            kind(parts[name].network, parts[name].frontend, **({"candidates": 8} if name == "ctc" else {})),
+            parts[name].tokenizer,
+        )
+        for name, kind in made.items()
+    }
+
+
+def noise(seconds, seed=0):
+    return np.random.default_rng(seed).normal(0, 0.1, round(RATE * seconds)).astype(np.float32)
+
+
+class Batch:
+    """An offline half that says how much it heard."""
+
+    sample_rate = RATE
+
+    def __init__(self):
+        self.heard = []
+
+    def run(self, waves, options):
+        self.heard += [(len(wave) / RATE, option) for wave, option in zip(waves, options, strict=True)]
+        words = (Word("second", 0.5, 1.0, 0.9),)
+        text = Transcript("second", (Segment("second", 0.5, 1.0, 0.9, words),), 1.0)
+        return [RuntimeError("no") if option.get("fail") else text for option in options]
+
+
+def hear(model, waves, settings=None, piece=1237, batch=None):
+    """Events of one session: ``waves`` are utterances, ended by commits."""
+    events = []
+    models = {"m": model} if batch is None else {"m": model, "b": batch}
+    engine = Engine(models, OPTIONS).start(threads=False)
+    session = engine.open("m", SessionOptions(settings or {}), events.append)
+    for wave in waves:
+        for begin in range(0, len(wave), piece):
+            session.feed(wave[begin : begin + piece])
+            engine.run_until_idle()
+        session.commit()
+    session.finish()
+    engine.run_until_idle()
+    engine.close()
+    assert events.pop() == Closed("finished")
+    return events
+
+
+def expected(model, wave):
+    """Token ids when the network alone is driven."""
+    rows = []
+
+    def step(x, lengths, state, final):
+        output, state = model.step(x, lengths, final, state)
+        rows.append(output)
+        return x[:, :0], lengths * 0, state
+
+    drive(step, model.init_state(1), [torch.from_numpy(wave)], model.first, model.chunk)
+    search = GreedyStream(model.stream.network.config.blank) if model.ctc else TokenHearing(0.06)
+    for row in rows:
+        one = {name: value[0].numpy() for name, value in vars(row).items()}
+        if model.ctc:
+            count = int(one["counts"])
+            search.push(one["values"][:count], one["symbols"][:count])
+        else:
+            search.push(one)
+    return search.tokens if model.ctc else search.ids
+
+
+@pytest.mark.parametrize("name", ["ctc", "paraformer"])
+def test_texts_are_those_of_the_network(models, parts, name):
+    model, tokenizer = models[name], parts[name].tokenizer
+    waves = [noise(3.1), noise(2.2, 1)]
+    events = hear(model, waves)
+    finals = [e for e in events if isinstance(e, Final)]
+    assert [f.text for f in finals] == [tokenizer.decode(expected(model, wave)) for wave in waves]
+    assert all(f.text for f in finals)
+    for number, final in enumerate(finals):
+        offset = 0.0 if number == 0 else 3.1
+        times = [t for token in final.tokens for t in (token.start, token.end)]
+        assert times == sorted(times)
+        assert offset <= times[0] <= times[-1] <= offset + len(waves[number]) / RATE + 1e-6
+        assert (final.start, final.end) == (times[0], times[-1])
+        assert "".join(w.text for w in final.words) == final.text.replace(" ", "")
+        assert all(0 <= token.confidence <= 1 for token in final.tokens)
+        partials = [e for e in events if isinstance(e, Partial) and e.segment == number]
+        assert partials
+        for partial in partials:
+            assert final.text.startswith(partial.text[: partial.stable])
+
+
+def test_pieces_of_any_size_give_the_same_events(models):
+    def finals(piece):
+        return [e for e in hear(models["ctc"], [noise(2.0)], piece=piece) if isinstance(e, Final)]
+
+    assert finals(160) == finals(5000) == finals(32000)
+
+
+def test_hotwords(models):
+    plain, favoured = (
+        next(e.text for e in hear(models["ctc"], [noise(3.0)], settings) if isinstance(e, Final))
+        for settings in ({}, {"hotwords": ["zzz"], "language": "en"})
+    )
+    assert plain != favoured
+    assert favoured.count("z") > plain.count("z")
+    for name, word in (("ctc", "日本"), ("paraformer", "ada")):
+        with pytest.raises(InputError, match="hotword"):
+            models[name].collector(SessionOptions({"hotwords": [word]}))
+    models["paraformer"].collector(SessionOptions({"hotwords": ["ada"], "second_pass": {"model": "b"}}))
+    for wrong in ({"colour": 1}, {"endpoint": {"threshold": 0.5}}, {"second_pass": "b"}):
+        with pytest.raises(ConfigError):
+            models["ctc"].collector(SessionOptions(wrong))
+
+
+def test_two_passes(models):
+    batch, options = Batch(), {"hotwords": ["ada"]}
+    settings = {"second_pass": {"model": "b", "options": options}}
+    events = hear(models["ctc"], [noise(2.0), noise(1.0, 1)], settings, batch=batch)
+    online = [e for e in events if isinstance(e, Final) and e.source == "online"]
+    offline = [e for e in events if isinstance(e, Final) and e.source == "offline"]
+    assert [(e.segment, e.text) for e in offline] == [(0, "second"), (1, "second")]
+    assert [(e.start, e.end) for e in offline] == [(e.start, e.end) for e in online]
+    assert batch.heard == [(2.0, options), (1.0, options)]
+    assert [e.words[0].start for e in offline] == [0.5, 2.5]
+    settings["second_pass"]["options"] = {"fail": True}
+    events = hear(models["ctc"], [noise(2.0)], settings, batch=Batch())
+    online, offline = (e for e in events if isinstance(e, Final))
+    assert (offline.text, offline.source) == (online.text, "offline")
+
+
+def test_a_session_moves_in_the_middle(models):
+    wave = noise(3.0)
+    for settings in ({}, {"hotwords": ["zzz"]}, {"second_pass": {"model": "b"}}):
+        batch = Batch()
+        whole = hear(models["ctc"], [wave], settings, batch=batch)
+        events = []
+        one, two = (Engine({"m": models["ctc"], "b": batch}, OPTIONS).start(threads=False) for _ in range(2))
+        session = one.open("m", SessionOptions(settings), events.append)
+        session.feed(wave[:24001])
+        one.run_until_idle()
+        snapshot = one.snapshot(session)
+        session = two.resume(snapshot.to_bytes(), events.append)
+        session.feed(wave[24001:])
+        session.finish()
+        two.run_until_idle()
+        one.close()
+        two.close()
+        finals = [e for e in whole if isinstance(e, Final)]
+        assert [e for e in events if isinstance(e, Final)] == finals
+
+
+def test_what_can_stream(parts, folders, tmp_path):
+    assert [can_stream(parts[name]) for name in ("ctc", "paraformer", "offline")] == [True, True, False]
+    with pytest.raises(ConfigError, match="files only"):
+        load_stream(hub.load_parts(folders["offline"]), "cpu")
+    with pytest.raises(ConfigError, match="int8"):
+        load_stream(hub.load_parts(folders["ctc"]), "cpu", "int8")
+    with pytest.raises(ConfigError, match="files only"):
+        load_stream_model(str(folders["offline"]), "cpu", "float32")
+
+
+def test_voice_activity_and_models_of_a_server(folders):
+    specs = (
+        ModelSpec("both", (str(folders["ctc"]),)),
+        ModelSpec("live", (str(folders["paraformer"]),)),
+        ModelSpec("pair", (str(folders["offline"]), str(folders["paraformer"]))),
+    )
+    entries, models = load_models(Settings(models=specs, device="cpu"))
+    assert [(e.id, e.batch_key is not None, e.stream_key is not None) for e in entries] == [
+        ("both", True, True),
+        ("live", False, True),
+        ("pair", True, True),
+    ]
+    assert sorted(models) == ["both:offline", "both:online", "live:online", "pair:offline", "pair:online"]
+    sample = hub.ASSETS / "sample.flac"
+    wave = np.concatenate([read_audio(sample).samples, np.zeros(RATE, np.float32)])
+    settings = {"endpoint": {"min_silence": 0.3}}
+    events = hear(models["both:online"], [wave], settings)
+    started, stopped = (
+        next(e for e in events if isinstance(e, kind)) for kind in (SpeechStarted, SpeechStopped)
+    )
+    assert 0 <= started.time < stopped.time <= len(wave) / RATE
+    wrong = ModelSpec(None, (str(folders["ctc"]), str(folders["offline"])))
+    with pytest.raises(ConfigError, match="can't be the streaming half"):
+        load_models(Settings(models=(wrong,), device="cpu"))

@@ -1,13 +1,55 @@
-"""What a stream gives when it is alone, computed step by step without an engine."""
+"""Tools of the engine's tests; what a stream gives when it is alone, computed without an engine."""
 
+import time
 from collections import deque
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from nar_speech.engine import EndUtterance, Final, SecondPass, SessionOptions
+from benchmarks.toy_models import ToyStream
+from nar_speech.engine import EndUtterance, Engine, EngineOptions, Final, SecondPass, SessionOptions
+from nar_speech.engine.graphs import Pending
 from nar_speech.layers.state import map_state, named_tensors
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def inline(model=None, clock=None, models=None, **options):
+    """An engine without threads, whose steps the test makes."""
+    options = {"max_sessions": 40, "fill_wait": 0.0, **options}
+    models = models or {"toy": model or ToyStream()}
+    return Engine(models, EngineOptions(**options), clock or Clock()).start(threads=False)
+
+
+def opened(engine, settings=None, model="toy", **limits):
+    """A session and the list of its events."""
+    events = []
+    return engine.open(model, SessionOptions(settings or {}, **limits), events.append), events
+
+
+def size_of(engine):
+    """A batch size to compute references with: all those in use agree."""
+    return engine._core.lanes["toy"].sizes[0]
+
+
+def wait_until(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "took too long"
+        time.sleep(0.002)
+
+
+class Late(Pending):
+    """Results that are there only when they are waited for, as those of a CUDA device."""
+
+    immediate = False
 
 
 def noise(seed, count, scale=0.1):

@@ -39,6 +39,7 @@ ALLOWED = {
     "pipelines": BASE | {"layers", "codec", "models", "search", "sampling", "pipelines", "hub"},
     "engine": BASE | {"layers", "codec", "models", "search", "sampling", "pipelines", "hub", "engine"},
 }
+ENGINE_GLUE = {"asr.py", "vc.py"}  # fit models to the engine; the rest of it is model-neutral
 TOP = {"server", "batch", "cli", "demo"}  # sit on top: may import anything, nothing imports them
 OPTIONAL = {
     "k2",
@@ -103,6 +104,17 @@ def test_direction(path):
             pytest.fail(f"{path}:{line} imports {name}, which sits above the package")
         if parts[0] == "nar_speech" and len(parts) > 1:
             assert parts[1] in ALLOWED[layer], f"{path}:{line} imports {name}: not below '{layer}'"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "engine").glob("*.py")), ids=lambda p: p.name)
+def test_the_engine_knows_no_model(path):
+    if path.name in ENGINE_GLUE:
+        return
+    for name, line in imported(ast.parse(path.read_text(encoding="utf-8"))):
+        parts = name.split(".")
+        if parts[0] == "nar_speech" and len(parts) > 1:
+            assert parts[1] in BASE | {"layers", "engine"}, f"{path}:{line} imports {name}"
+            assert parts[1] != "engine" or f"{parts[-1]}.py" not in ENGINE_GLUE, f"{path}:{line} {name}"
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))

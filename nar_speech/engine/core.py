@@ -26,7 +26,7 @@ from nar_speech.engine.offline import OfflineWorker
 from nar_speech.engine.options import EngineOptions
 from nar_speech.engine.scheduler import Batch, Scheduler
 from nar_speech.engine.session import Session
-from nar_speech.engine.snapshot import FORMAT, PassMeta, Snapshot, SnapshotMeta
+from nar_speech.engine.snapshot import FORMAT, PassMeta, Snapshot, SnapshotMeta, plain_text
 from nar_speech.errors import EngineError, NarSpeechError, SessionClosed
 
 logger = logging.getLogger(__name__)
@@ -379,6 +379,7 @@ class Core:
 
         Raises:
             SessionClosed: it is over already.
+            SnapshotError: its settings or its collector's data are not plain; it goes on here.
         """
         self.settle()
         stream = self.streams.get(session.id)
@@ -387,9 +388,10 @@ class Core:
         lane, history = stream.lane, stream.history
         with torch.inference_mode(), lane.stepper.on_stream():
             state = {} if stream.new else lane.store.export(stream.slot.row)
-        collected = stream.collector.export()
-        inbox = session._export(close=not keep)
         passes = list(stream.passes.values())
+        collected = stream.collector.export()
+        plain_text([collected, dict(stream.options.settings), *(vars(p.request) for p in passes)])
+        inbox = session._export(close=not keep)
         meta = SnapshotMeta(
             FORMAT,
             lane.name,

@@ -108,13 +108,7 @@ class Snapshot:
         tensors["history"] = torch.from_numpy(self.history)
         for number, wave in enumerate(self.waves):
             tensors[f"pass.{number}"] = torch.from_numpy(wave)
-        try:
-            text = json.dumps(asdict(self.meta), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise SnapshotError(
-                f"snapshot: the session's settings or its collector's data are not plain data ({error})"
-            ) from error
-        return save(tensors, {KEY: text})
+        return save(tensors, {KEY: plain_text(asdict(self.meta))})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Snapshot:
@@ -163,6 +157,20 @@ class Snapshot:
             raise SnapshotError("snapshot: history does not end where the audio begins; take another one")
         if m.ending is not None and m.ending not in get_args(Reason):
             raise SnapshotError(f"snapshot: ending: got '{m.ending}'; valid: {', '.join(get_args(Reason))}")
+
+
+def plain_text(data: Any) -> str:
+    """JSON.
+
+    Raises:
+        SnapshotError: something in it that JSON can't hold.
+    """
+    try:
+        return json.dumps(data, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SnapshotError(
+            f"snapshot: the session's settings or its collector's data are not plain data ({error})"
+        ) from error
 
 
 def _samples(tensors: Mapping[str, Tensor], name: str) -> np.ndarray:

@@ -1,0 +1,55 @@
+"""The tool that names operations whose results depend on company."""
+
+from dataclasses import replace
+
+import torch
+
+from benchmarks.batch_invariance import culprits
+from benchmarks.toy_models import ToyStream
+from nar_speech.engine.graphs import stable_sizes
+from nar_speech.layers.packed import pack_linear_layers
+from nar_speech.layers.silero import SileroVad
+
+
+class Uneven(ToyStream):
+    """Adds what depends on the row, or goes another way in large batches."""
+
+    branches = False
+
+    def step(self, audio, lengths, final, state):
+        size = len(audio)
+        noise = torch.linspace(1.0, 1.0 if size == 1 else 2.0, size)[:, None]
+        if self.branches and size > 2:
+            noise = noise.neg()
+        output, new = super().step(audio, lengths, final, state)
+        return output, replace(new, hidden=new.hidden + noise)
+
+
+def test_names_the_operation_that_treats_rows_unlike():
+    found = culprits(Uneven(), sizes=(2,), steps=1)
+    assert ("aten.linspace.default", "position") in [(c.operation, c.how) for c in found]
+    model = Uneven()
+    model.branches = True
+    found = culprits(model, sizes=(2, 4), steps=1)
+    assert ("aten.neg.default", "path", 4) in [(c.operation, c.how, c.size) for c in found]
+
+
+class Alone:
+    """Only the voice activity network."""
+
+    sample_rate, chunk, device = 16000, 1600, torch.device("cpu")
+
+    def __init__(self, vad):
+        self.vad = vad
+        self.init_state = vad.init_stream
+
+    def step(self, audio, lengths, final, state):
+        _, _, state = self.vad.step_stream(audio, lengths, state)
+        return state, state
+
+
+def test_the_packed_voice_activity_network_has_none():
+    model = Alone(pack_linear_layers(SileroVad.from_package()))
+    assert culprits(model) == []
+    with torch.inference_mode():
+        assert stable_sizes(model, (1, 2, 3, 4, 8)) == (1, 2, 3, 4, 8)

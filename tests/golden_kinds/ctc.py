@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -250,16 +249,18 @@ def _wenet_stream(case: Case, model: CtcModel, left_chunks: int) -> Iterator[Che
     feats, lengths, row = io["feats"], io["feat_lens"], int(io["stream_index"])
     size = case.meta["chunk_size"]
     chunking = encoder.chunking(size, left_chunks * size)
-    ends = [0, *io["stream_starts_len"][:, 1].tolist()]
     grow = left_chunks < 0
-    state, parts = model.init_state(len(feats), chunking=chunking), []
+    state, parts, ends = model.init_state(len(feats), chunking=chunking), [], []
     name = f"stream_left{left_chunks}"
-    for number, (begin, end) in enumerate(pairwise(ends)):
+    while not ends or ends[-1] < feats.shape[1]:
+        begin, end = ends[-1] if ends else 0, (ends[-1] + chunking.later) if ends else chunking.first
+        number, before = len(ends), state
         new = (lengths - begin).clamp(0, end - begin)
-        x = torch.nn.functional.pad(feats[:, begin:end], (0, 0, 0, chunking.width - (end - begin)))
-        before = state
-        out, state = model.step(x, new, before, end == ends[-1], grow=grow)
+        x = feats[:, begin:end]
+        x = torch.nn.functional.pad(x, (0, 0, 0, chunking.width - x.shape[1]))
+        out, state = model.step(x, new, before, end >= lengths, grow=grow)
         parts.append([out.encoder_out[i, :n] for i, n in enumerate(out.lengths.tolist())])
+        ends.append(end)
         if f"{name}_chunk{number}_att_cache" in io:
             # A stream that ends forgets its caches: look at them as if it went on.
             kept = model.step(x, new, before, False, grow=grow)[1]
@@ -269,8 +270,12 @@ def _wenet_stream(case: Case, model: CtcModel, left_chunks: int) -> Iterator[Che
             d_k = encoder.output_size // encoder.config.attention_heads
             got = torch.cat([split[..., :d_k], split[..., -d_k:]], -1).transpose(1, 2)
             yield case.close(f"{name}_chunk{number}_att_cache", got)
-            got = torch.stack([cache[row].T for cache in kept.convolution]).unsqueeze(1)
-            yield case.close(f"{name}_chunk{number}_cnn_cache", got)
+            if io[f"{name}_chunk{number}_cnn_cache"].numel():
+                got = torch.stack([cache[row].T for cache in kept.convolution]).unsqueeze(1)
+                yield case.close(f"{name}_chunk{number}_cnn_cache", got)
+    recorded = io["stream_starts_len"][:, 1]
+    fed = torch.tensor(ends[: len(recorded)]).clamp(max=lengths[row])
+    yield case.close(f"{name} windows", fed, recorded)
     streams = [torch.cat(row_parts) for row_parts in zip(*parts, strict=True)]
     yield case.close(f"{name}_out", streams[row][None])
     masked, out_lengths = encoder(feats, lengths, chunk_size=size, left_chunks=left_chunks)

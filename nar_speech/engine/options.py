@@ -21,7 +21,8 @@ class EngineOptions:
         buckets: batch sizes; None: 1, 2, 4 ... to 32 on a CPU, to 128 on a CUDA device. A smaller number of
             streams is padded.
         exact_batches: use only batch sizes among which results agree to the last bit, found by trial at the
-            start; so a stream's result does not depend on its company. None: on a CPU.
+            start; so a stream's result does not depend on its company. None: on a CPU. Engines that
+            exchange sessions should agree in this, in ``buckets`` and in ``max_sessions``.
         graphs: CUDA graphs: ``auto`` (eager with a warning where a capture fails), ``on``, ``off``.
         check_state: look for NaN in states too, not only in outputs.
         fill_wait: how long a batch of fewer than ``useful_batch`` streams may wait for others.

@@ -1,10 +1,10 @@
 """Many live sessions of any streaming models, batched on one device.
 
 ``engine`` is the public face; ``model`` says what a model has to offer, ``events`` what a client gets. Behind
-it: ``session`` and ``buffer`` take audio in, ``scheduler`` picks who is next, ``slots`` and ``graphs`` hold the
-states and step them, ``core`` is the thread that does it (``lane``: what it knows of a model and of a stream),
-``fanout`` hands events out, ``offline`` runs whole segments, ``snapshot`` moves sessions, ``stats`` counts.
-``endpoint``, ``speech`` and ``partials`` are tools for models: where utterances end, what text is stable.
+it ``session`` and ``buffer`` take audio in, ``scheduler`` picks who is next, ``slots`` and ``graphs`` hold
+the states and step them, and ``core`` is the thread that does it (``lane``: what it knows of a model and of a
+stream). ``fanout`` hands events out, ``offline`` runs whole segments, ``snapshot`` moves sessions, ``stats``
+counts. ``endpoint``, ``speech`` and ``partials`` are tools for models: where utterances end, what is stable.
 """
 
 from nar_speech.engine.engine import Engine, EngineOptions

@@ -4,6 +4,8 @@ import tests.server_extra  # noqa: F401  skips this file where the extra is miss
 
 # isort: split
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -149,6 +151,17 @@ def test_pieces_of_any_size_give_the_same_events(models):
         return [e for e in hear(models["ctc"], [noise(2.0)], piece=piece) if isinstance(e, Final)]
 
     assert finals(160) == finals(5000) == finals(32000)
+
+
+def test_an_utterance_that_nobody_ends(models, monkeypatch):
+    """It is cut, so that the work for each chunk stays small; no audio is lost."""
+    monkeypatch.setattr("nar_speech.server.asr.LONG", 1.0)
+    monkeypatch.setattr("nar_speech.server.asr.LONGEST", 2.0)
+    finals = [e for e in hear(models["ctc"], [noise(9.0)]) if isinstance(e, Final)]
+    assert len(finals) >= 3
+    assert [f.segment for f in finals] == list(range(len(finals)))
+    assert all(a.end <= b.start for a, b in itertools.pairwise(finals))
+    assert finals[-1].end > 8.0
 
 
 def test_hotwords(models):

@@ -105,8 +105,8 @@ def test_offline_takes_files_of_other_formats(server):
 
 @pytest.mark.parametrize("rate", [16000, 8000])
 def test_online(server, rate):
-    client = OfficialClient(server.funasr, "online", pcm(tone("abc    xyz", rate=rate)), rate)
-    assert client.printed == "abcxyz"  # one utterance: only the client ends it
+    client = OfficialClient(server.funasr, "online", pcm(tone("abc  d      xyz", rate=rate)), rate)
+    assert client.printed == "abcd xyz"  # a long pause ends an utterance
     assert {m["mode"] for m in client.results} == {"online"}
     assert [m["is_final"] for m in client.results] == [False] * (len(client.results) - 1) + [True]
     assert all(m["text"] for m in client.results[:-1])

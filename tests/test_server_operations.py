@@ -155,11 +155,10 @@ def test_an_idle_server_stops_at_once():
 
 
 SCRIPT = """
-import asyncio, sys
 from nar_speech.engine import Engine
 from nar_speech.server.auth import Keyring
 from nar_speech.server.logs import set_up
-from nar_speech.server.run import serve_until_signal
+from nar_speech.server.run import run_loop, serve_until_signal
 from nar_speech.server.service import Catalog, Service
 from nar_speech.server.settings import Settings
 from tests.tone_model import tone_entry
@@ -169,7 +168,7 @@ with Engine(models) as engine:
     async def main():
         service = Service(Settings(port=0, drain_seconds=30), engine, Catalog(entries, {}), Keyring({}))
         await serve_until_signal(service, lambda server: print(server.ports["http"], flush=True))
-    asyncio.run(main())
+    run_loop(main())
 print("ended", flush=True)
 """
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nar_speech.engine.endpoint import EndpointRules
 from nar_speech.engine.events import Event, Final, Partial
-from nar_speech.engine.model import Control, SecondPass, SessionOptions, StreamModel
+from nar_speech.engine.model import Control, EndUtterance, SecondPass, SessionOptions, StreamModel
 from nar_speech.engine.partials import StablePrefix
 from nar_speech.engine.speech import WithVad
 from nar_speech.errors import ConfigError, InputError
@@ -39,6 +39,8 @@ KNOWN = ("endpoint", "language", "hotwords", "second_pass")  # settings of a ses
 CANDIDATES = 8  # symbols of each CTC frame that are read back, for hotwords
 BEAM, BEAM_MARGIN, HOTWORD_SCORE = 8, 12.0, 3.0
 LEAD = 3.0  # seconds before the first token that a second pass hears too
+LONG, LONGEST = 30.0, 60.0  # seconds: an utterance that nobody ends is ended at a pause, then anywhere
+PAUSE = 0.5  # seconds since the last token
 TOKEN_SECONDS = 0.6  # a token of a Paraformer is not longer; what is left is silence
 
 
@@ -234,12 +236,14 @@ class TextCollector:
         heard = self.hearing.heard(end - begin, final)
         text = tokenizer.decode(heard.ids)
         if not final:
-            changed = text != self.prefix.text
-            before, self.prefix = self.prefix.stable, self.prefix.update(text)
-            if not text or not (changed or self.prefix.stable > before):
-                return []
+            shown, self.prefix = (self.prefix.text, self.prefix.stable), self.prefix.update(text)
+            quiet = end - begin - heard.ends[-1] if heard.ends else 0.0
+            too_long = end - begin > (LONG if quiet >= PAUSE else LONGEST)
+            ending = [EndUtterance()] if too_long and heard.ids else []
+            if not text or shown == (self.prefix.text, self.prefix.stable):
+                return ending
             start = begin + heard.starts[0] if heard.starts else begin
-            return [Partial(self.segment, self.prefix.text, self.prefix.stable, start, end)]
+            return [Partial(self.segment, self.prefix.text, self.prefix.stable, start, end), *ending]
         starts, ends = ([begin + t for t in times] for times in (heard.starts, heard.ends))
         words = tokenizer.words(heard.ids, starts, ends, heard.confidences)
         pieces = tokenizer.pieces(heard.ids)

@@ -18,7 +18,7 @@ from typing import IO, Any
 from fastapi import APIRouter, WebSocket
 
 from nar_speech.engine import Closed, Failed, Final, Partial
-from nar_speech.errors import AudioError, InputError
+from nar_speech.errors import AudioError
 from nar_speech.pipelines.writers import join_texts
 from nar_speech.server.api_error import ApiError, bad_request
 from nar_speech.server.audio_in import AudioIn
@@ -35,6 +35,7 @@ from nar_speech.types import Segment, Word
 API = "funasr"
 PROTOCOLS = ("binary",)
 RESULT_MODES = {"offline": "offline", "online": "online", "2pass": "2pass-offline"}  # of last results
+SILENCE = 0.8  # seconds that end an utterance, as FunASR's voice activity detection has it
 PUNCTUATION = ",.?!;:，。？！；：、"
 NOT_PCM = "ERROR. Real-time transcription service ONLY SUPPORT PCM stream."
 router = APIRouter()
@@ -275,10 +276,8 @@ class _Live:
     @classmethod
     async def open(cls, talk: Conversation, entry: ModelEntry, config: Config) -> _Live:
         two_pass = config.mode == "2pass"
-        wish = Wish(
-            config.language, (), config.hotwords, Endpoint(silence=0.8) if two_pass else None, two_pass
-        )
-        wish = replace(wish, written=config.itn)
+        endpoint = Endpoint(silence=SILENCE)
+        wish = Wish(config.language, (), config.hotwords, endpoint, two_pass, config.itn)
         holder = contextlib.AsyncExitStack()
         audio = AudioIn("s16le", config.rate, entry.stream_rate)
         stream = await holder.enter_async_context(talk.service.open_stream(entry, talk.who, API, audio, wish))
@@ -387,7 +386,8 @@ class _File:
         if config.pcm:
             await asyncio.to_thread(self._as_wave)
         self.file.seek(0)
-        options = await asyncio.to_thread(self._options)
+        wish = Wish(config.language, (), config.hotwords, None, False, config.itn)
+        options = await asyncio.to_thread(self.entry.possible, wish)
         upload = Upload(service, self.entry, self.talk.who, API, self.file, options, config.wav_name)
         try:
             async with service.upload_turn(), aclosing(upload.segments()) as segments:
@@ -403,23 +403,6 @@ class _File:
         data = self.file.read()
         self.file.close()
         self.file = wave_file(data, self.config.rate)
-
-    def _options(self) -> dict[str, Any]:
-        """Those wishes that the model can fulfil."""
-        options: dict[str, Any] = {}
-        words = self.entry.usable(self.config.hotwords)
-        if words:
-            options["hotwords"] = list(words)
-        wanted = {"language": self.config.language}
-        if self.config.itn is not None:
-            wanted["textnorm"] = "withitn" if self.config.itn else "woitn"
-        for name, value in wanted.items():
-            if value is None:
-                continue
-            with contextlib.suppress(InputError):
-                self.entry.check({**options, name: value})
-                options[name] = value
-        return options
 
 
 def stamps(segments: list[Segment]) -> dict[str, Any]:

@@ -63,13 +63,13 @@ class Wish:
         return replace(self, hints=())
 
 
-def session_settings(wish: Wish, batch_key: str | None) -> dict[str, Any]:
+def session_settings(wish: Wish, second: dict[str, Any] | None) -> dict[str, Any]:
     """Settings of a session of an ASR stream model, as plain data.
 
     ``endpoint`` is that of :class:`nar_speech.engine.speech.WithVad`: rules, or False.
 
     Args:
-        batch_key: the model's offline half in the engine.
+        second: of the second pass: ``model``, the offline half in the engine, and its ``options``.
     """
     settings: dict[str, Any] = {"endpoint": False}
     if wish.endpoint is not None:
@@ -84,9 +84,8 @@ def session_settings(wish: Wish, batch_key: str | None) -> dict[str, Any]:
         settings["language"] = wish.language
     if wish.hotwords or wish.hints:
         settings["hotwords"] = list(wish.hotwords or wish.hints)
-    if wish.two_pass and batch_key is not None:
-        second = {name: settings[name] for name in ("hotwords",) if name in settings}
-        settings["second_pass"] = {"model": batch_key, "options": second}
+    if second is not None:
+        settings["second_pass"] = second
     return settings
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import uvicorn
@@ -179,14 +179,27 @@ def run(settings: Settings) -> None:
     check_security(settings, bool(keys))
     entries, models = load_models(settings)
     catalog = Catalog(entries, settings.aliases)
-    options = EngineOptions(max_sessions=settings.max_streams, idle=settings.idle_seconds)
+    options = EngineOptions(
+        max_sessions=settings.max_streams,
+        idle=settings.idle_seconds,
+        longest=settings.max_stream_seconds,
+    )
     with Engine(models, options) as engine:
         keyring = Keyring(keys, settings.limits)
 
         async def main() -> None:
             await serve_until_signal(Service(settings, engine, catalog, keyring))
 
-        asyncio.run(main())
+        run_loop(main())
+
+
+def run_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Run in the faster event loop that comes with ``uvicorn[standard]``, where there is one."""
+    try:
+        from uvloop import run
+    except ImportError:  # Windows
+        from asyncio import run
+    run(main)
 
 
 def check_security(settings: Settings, keys: bool) -> None:

@@ -43,7 +43,7 @@ class ModelEntry:
         batch_rate, stream_rate: Hz of the audio they hear.
         segments: how files are cut for the offline half.
         offline: the offline half, asked whether it takes a client's options.
-        settings: what a client wishes, and ``batch_key`` -> settings of the streaming half.
+        settings: what a client wishes, and the second pass -> settings of the streaming half.
     """
 
     id: str
@@ -56,7 +56,7 @@ class ModelEntry:
     created: int = 0
     segments: SegmentConfig = field(default_factory=SegmentConfig)
     offline: OfflineModel | None = None
-    settings: Callable[[Wish, str | None], dict[str, Any]] = session_settings
+    settings: Callable[[Wish, dict[str, Any] | None], dict[str, Any]] = session_settings
 
     @property
     def tells_language(self) -> bool:
@@ -85,7 +85,27 @@ class ModelEntry:
 
     def usable(self, words: tuple[str, ...]) -> tuple[str, ...]:
         """Those of some words that may be favoured."""
-        return () if self.offline is None else self.offline.spellable(words)
+        return () if self.offline is None or not words else self.offline.spellable(words)
+
+    def possible(self, wish: Wish) -> dict[str, Any]:
+        """Options of the offline half: those wishes that it can fulfil."""
+        options: dict[str, Any] = {}
+        words = self.usable(wish.hotwords or wish.hints)
+        if words:
+            options["hotwords"] = list(words)
+        wanted = {"language": wish.language if self.tells_language else None}
+        wanted["textnorm"] = {True: "withitn", False: "woitn", None: None}[wish.written]
+        for name, value in wanted.items():
+            if value is not None and self._takes({**options, name: value}):
+                options[name] = value
+        return options
+
+    def _takes(self, options: Mapping[str, Any]) -> bool:
+        try:
+            self.check(options)
+        except InputError:
+            return False
+        return self.offline is not None
 
 
 class Catalog:
@@ -237,9 +257,13 @@ class Service:
         if len(self.streams) >= self.settings.max_streams:
             raise self.busy("streams")
         entry.check_language(wish.language)
+        second = None
+        if wish.two_pass and entry.batch_key is not None:
+            options = await asyncio.to_thread(entry.possible, wish)
+            second = {"model": entry.batch_key, "options": options}
         with self.usage.stream(who):
             try:
-                stream = self._opened(entry, who, api, audio, wish)
+                stream = self._opened(entry, who, api, audio, wish, second)
             except EngineBusy as error:
                 raise self.busy("streams") from error
             except EngineError as error:
@@ -254,9 +278,17 @@ class Service:
                 if not stream.closed:
                     stream.cancel()
 
-    def _opened(self, entry: ModelEntry, who: Identity, api: str, audio: AudioIn, wish: Wish) -> LiveStream:
+    def _opened(
+        self,
+        entry: ModelEntry,
+        who: Identity,
+        api: str,
+        audio: AudioIn,
+        wish: Wish,
+        second: dict[str, Any] | None,
+    ) -> LiveStream:
         while True:
-            settings = entry.settings(wish, entry.batch_key)
+            settings = entry.settings(wish, second)
             options = SessionOptions(settings, idle=self.settings.idle_seconds)
             try:
                 return LiveStream(self, entry, who, api, audio, options)

@@ -289,10 +289,7 @@ class _Whole:
         text = ""
         if self.data:
             service = self.peer.service
-            words = await asyncio.to_thread(self.entry.usable, self.wish.hints)
-            options: dict[str, Any] = {"hotwords": list(words)} if words else {}
-            if self.wish.language and self.entry.tells_language:
-                options["language"] = self.wish.language
+            options = await asyncio.to_thread(self.entry.possible, self.wish)
             with wave_file(bytes(self.data), *self.format) as file:
                 upload = Upload(service, self.entry, service.keyring.anonymous, API, file, options, "audio")
                 async with service.upload_turn(), aclosing(upload.segments()) as segments:

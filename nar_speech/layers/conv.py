@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn.functional import glu, pad
 
 from nar_speech.errors import ConfigError
 from nar_speech.layers.chunks import last
+
+
+def pointwise(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A Conv1d of kernel 1, or the Linear layer that :func:`as_linear` made of it, over (B, T, C)."""
+    if isinstance(layer, nn.Conv1d):
+        return F.linear(x, layer.weight.squeeze(2), layer.bias)
+    return layer(x)
+
+
+def as_linear(conv: nn.Conv1d) -> nn.Linear:
+    """A Linear layer with the weights of a Conv1d of kernel 1; for inference."""
+    linear = nn.Linear(conv.in_channels, conv.out_channels, bias=conv.bias is not None, device="meta")
+    linear.weight = nn.Parameter(conv.weight.detach().squeeze(2), False)
+    if conv.bias is not None:
+        linear.bias = nn.Parameter(conv.bias.detach(), False)
+    return linear.train(conv.training)
+
+
+def depthwise(conv: nn.Conv1d, x: torch.Tensor) -> torch.Tensor:
+    """A depthwise Conv1d over (B, T, D), padded as it says.
+
+    Two-dimensional on a channels-last view: several times faster than conv1d on a CPU, without copies.
+    """
+    weight, padding = conv.weight.unsqueeze(2), (0, conv.padding[0])
+    grid = x.contiguous().transpose(1, 2).unsqueeze(2)
+    return F.conv2d(grid, weight, conv.bias, padding=padding, groups=len(weight)).squeeze(2).transpose(1, 2)
 
 
 class ConvolutionModule(nn.Module):
@@ -67,20 +93,24 @@ class ConvolutionModule(nn.Module):
         Returns:
             (B, T, D).
         """
-        keep = valid.unsqueeze(1)
-        x = x.transpose(1, 2).masked_fill(~keep, 0.0)
+        out = ~valid.unsqueeze(2)
+        x = x.masked_fill(out, 0.0)
         if self.context:
-            x = pad(x, (self.context, 0)) if left is None else torch.cat([left.transpose(1, 2), x], 2)
-        x = glu(self.pointwise_conv1(x), dim=1)
+            x = F.pad(x, (0, 0, self.context, 0)) if left is None else torch.cat([left, x], 1)
+        x = F.glu(pointwise(self.pointwise_conv1, x), -1)
         if not self.context and not official_padding:
-            x = x.masked_fill(~keep, 0.0)
-        x = self.depthwise_conv(x)
+            x = x.masked_fill(out, 0.0)
+        x = depthwise(self.depthwise_conv, x)
         if isinstance(self.norm, nn.LayerNorm):
-            x = self.norm(x.transpose(1, 2)).transpose(1, 2)
-        else:
             x = self.norm(x)
-        x = self.pointwise_conv2(self.activation(x))
-        return x.masked_fill(~keep, 0.0).transpose(1, 2)
+        else:
+            x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        return pointwise(self.pointwise_conv2, self.activation(x)).masked_fill(out, 0.0)
+
+    def merge_projections(self) -> None:
+        """Turn the pointwise convolutions into Linear layers, which can be packed; for inference."""
+        self.pointwise_conv1 = as_linear(self.pointwise_conv1)
+        self.pointwise_conv2 = as_linear(self.pointwise_conv2)
 
     def step(
         self, x: torch.Tensor, valid: torch.Tensor, left: torch.Tensor, num_new: torch.Tensor

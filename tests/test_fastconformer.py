@@ -237,7 +237,8 @@ def test_compressed_layers_work_offline_and_in_streams(kind):
     else:
         encoder = pack_linear_layers(encoder.to(torch.float32 if kind == "packed" else torch.bfloat16))
         assert isinstance(encoder.layers[0].conv.pointwise_conv1, PackedLinear)
-        assert isinstance(encoder.layers[0].self_attn.linear_q_k_v, PackedLinear)
+        assert isinstance(encoder.layers[0].self_attn.merged, PackedLinear)
+        assert pack_linear_layers(encoder) is encoder  # once more does no harm
     state = encoder.init_state(2, chunking=chunking)
     assert state.attention[0].dtype == (torch.bfloat16 if kind == "bfloat16" else torch.float32)
     got, _ = drive(encoder.step, state, items, chunking.first, chunking.later)
@@ -260,6 +261,9 @@ def test_tables_of_positions_follow_the_weights():
     before = step(attention)
     assert torch.equal(step(attention), before)
     assert len(attention._tables) == 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step(attention)
+    assert torch.equal(step(attention), before)
     other = RelativeAttention(2, 8).eval()
     weights = copy.deepcopy(other.state_dict())
     attention.load_state_dict(weights)

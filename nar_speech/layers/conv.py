@@ -17,8 +17,10 @@ def pointwise(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return layer(x)
 
 
-def as_linear(conv: nn.Conv1d) -> nn.Linear:
-    """A Linear layer with the weights of a Conv1d of kernel 1; for inference."""
+def as_linear(conv: nn.Module) -> nn.Module:
+    """A Linear layer with the weights of a Conv1d of kernel 1, for inference; other layers as they are."""
+    if not isinstance(conv, nn.Conv1d):
+        return conv
     linear = nn.Linear(conv.in_channels, conv.out_channels, bias=conv.bias is not None, device="meta")
     linear.weight = nn.Parameter(conv.weight.detach().squeeze(2), False)
     if conv.bias is not None:

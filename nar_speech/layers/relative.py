@@ -62,12 +62,14 @@ class RelativeAttention(Attention):
         self.linear_pos = nn.Linear(width, width, bias=False)
         u, v = position_biases or (nn.Parameter(torch.zeros(heads, width // heads)) for _ in range(2))
         self.pos_bias_u, self.pos_bias_v = u, v
+        self.merged: nn.Module | None = None
         self._tables: dict[tuple, Tensor] = {}
 
     def merge_projections(self) -> None:
         """Make one product of queries, keys and values; for inference."""
-        self.linear_q_k_v = merge_linears([self.linear_q, self.linear_k, self.linear_v])
-        del self.linear_q, self.linear_k, self.linear_v
+        if self.merged is None:
+            self.merged = merge_linears([self.linear_q, self.linear_k, self.linear_v])
+            del self.linear_q, self.linear_k, self.linear_v
 
     def train(self, mode: bool = True) -> RelativeAttention:
         """As any module; forgets what was computed from the weights."""
@@ -118,7 +120,9 @@ class RelativeAttention(Attention):
         has few frames, and projecting the distances would cost as much as the frames themselves.
         """
         key = self.linear_pos, queries, keys, like.dtype, like.device
-        if torch.is_grad_enabled() or self.training:
+        kind = like.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if torch.is_grad_enabled() or self.training or autocast:
             return self.project(distance_codes(queries, keys, like))
         if key not in self._tables:
             table = self.project(distance_codes(queries, keys, like))
@@ -131,8 +135,8 @@ class RelativeAttention(Attention):
 
     def _projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, T, D)."""
-        if hasattr(self, "linear_q_k_v"):
-            query, key, value = self.linear_q_k_v(x).chunk(3, dim=-1)
+        if self.merged is not None:
+            query, key, value = self.merged(x).chunk(3, dim=-1)
             return query, key, value
         return self.linear_q(x), self.linear_k(x), self.linear_v(x)
 

@@ -268,6 +268,29 @@ def test_shapes_do_not_depend_on_values_and_nothing_is_read_back():
     assert feats.shape == (2, 3, 28)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_can_be_captured_in_a_cuda_graph():
+    model = build(chunk=(1, 4, 2), encoder_look_back=2, predictor={"smooth_factor": 2.0}).cuda()
+    feats = torch.randn(6, 3, 4, FEATURES, device="cuda")
+    lengths, final = torch.full((3,), 4, device="cuda"), torch.zeros(3, dtype=torch.bool, device="cuda")
+    inputs, state = feats[0].clone(), model.init_state(3)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        model.step(inputs, lengths, state, final)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, new = model.step(inputs, lengths, state, final)
+    plain = model.init_state(3)
+    for number in range(6):
+        inputs.copy_(feats[number])
+        graph.replay()
+        want, plain = model.step(feats[number], lengths, plain, final)
+        torch.testing.assert_close(out.log_probs, want.log_probs, atol=1e-5, rtol=1e-4)
+        assert out.token_lengths.equal(want.token_lengths)
+        map_state(lambda kept, fresh: kept.copy_(fresh), state, new)
+
+
 def test_decoding_only_the_tokens_there_are_changes_nothing(monkeypatch):
     model = build(chunk=(0, 4, 2))
     feats, _ = ragged([30])

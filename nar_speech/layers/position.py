@@ -24,7 +24,9 @@ def sinusoid_table(positions: Tensor, depth: int) -> Tensor:
         (..., T, D) float32.
     """
     half = depth // 2
-    step = torch.tensor(10000.0, device=positions.device).log() / (half - 1)  # float32, as the weights saw it
+    # float32, as the weights saw it; filled, not copied from the host, which a CUDA graph can't do
+    base = torch.full((), 10000.0, device=positions.device)
+    step = base.log() / (half - 1)
     rates = torch.exp(torch.arange(half, dtype=torch.float32, device=positions.device) * -step)
     angles = positions.to(torch.float32)[..., None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

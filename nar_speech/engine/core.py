@@ -229,7 +229,7 @@ class Core:
                 raise DeviceLost(f"the device failed: {_reason(error)}; restart the process") from error
             lane.counters.failed_steps += 1
             if len(rows) == 1:
-                logger.warning("%s: a step failed", lane.name, exc_info=error)
+                logger.debug("%s: a step failed", lane.name, exc_info=error)  # may quote what was said
                 self.fail(rows[0].stream, f"the model failed on this stream: {_reason(error)}")
                 return []
             logger.info("%s: a batch of %d failed; trying its halves", lane.name, len(rows))
@@ -283,6 +283,7 @@ class Core:
             if stream.history is not None:
                 stream.history.drop(row.heard if collector.needed is None else collector.needed)
         except Exception as error:
+            logger.debug("a collector failed", exc_info=error)
             self.fail(stream, f"its results could not be handled: {_reason(error)}")
             return
         now = self.clock()
@@ -334,6 +335,7 @@ class Core:
             result = None if error else future.result()
             self._process(stream, stream.collector.second(done.request.tag, result, error))
         except Exception as failure:
+            logger.debug("a collector failed", exc_info=failure)
             self.fail(stream, f"the result of its second pass could not be handled: {_reason(failure)}")
             return
         self._consider(stream, self.clock())

@@ -390,7 +390,7 @@ class Engine:
         )
 
         def failed(error: BaseException) -> None:
-            logger.warning("session %s: its on_event raised", session.id, exc_info=error)
+            logger.debug("session %s: its on_event raised", session.id, exc_info=error)
             self._hand_over_quietly(lambda core: core.fail(stream, "the client's on_event raised"))
 
         outlet = Outlet(on_event, failed, lambda: core.touch(session), self.options.max_events)

@@ -15,6 +15,7 @@ from nar_speech.features import FrontendConfig
 from nar_speech.hub import import_model, load_parts
 from nar_speech.layers.whisper_decoder import WhisperDecoder, WhisperDecoderConfig
 from nar_speech.model_folder import add_verifier, check_sums, read_model_file
+from nar_speech.pipelines.plot import plot_recognition
 from nar_speech.text.realign import as_written, retime
 from nar_speech.types import Word
 from tests.model_folders import ctc_folder, paraformer_folder
@@ -109,6 +110,13 @@ def test_bounded_passes(model):
     assert any(not item.verified.complete for item in found)
     with pytest.raises(ConfigError, match="max_passes"):
         model(WAVES[0], verify=True, max_passes=0)
+
+
+def test_a_plot_of_verified_text(folder, tmp_path):
+    """The verifier's tokens are more than the network's: they are no columns of its posteriors."""
+    pytest.importorskip("matplotlib")
+    plot_recognition(nar_speech.load_model(folder), WAVES[1], tmp_path / "x.png", verify=True)
+    assert (tmp_path / "x.png").stat().st_size > 0
 
 
 def test_a_model_without_verifier_says_so(tmp_path):

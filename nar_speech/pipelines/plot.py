@@ -62,7 +62,9 @@ def plot_recognition(transcriber: Transcriber, source: AudioSource, path: str | 
         FigureCanvasAgg(figure)  # no window and no global state, unlike pyplot
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         _draw_features(upper, analysis, audio.duration)
-        _draw_output(lower, analysis, tokens, transcriber.recognizer.tokenizer.pieces)
+        # Verified tokens are of the verifier's vocabulary: then the curves are the network's own best.
+        ids = None if decoding.verify else [token.id for token in tokens]
+        _draw_output(lower, analysis, ids, transcriber.recognizer.tokenizer.pieces)
         for axis, top in ((upper, True), (lower, False)):
             _draw_tokens(axis, tokens, names=top)
         upper.set_title(_plain(transcript.text[:160]), fontsize=9, pad=18)
@@ -107,8 +109,8 @@ def _draw_features(axis: Any, analysis: Analysis, duration: float) -> None:
     axis.set_ylabel("feature")
 
 
-def _draw_output(axis: Any, analysis: Analysis, tokens: Sequence[Token], pieces: Any) -> None:
-    """CIF weights as bars; posteriors of the recognised tokens as curves."""
+def _draw_output(axis: Any, analysis: Analysis, ids: Sequence[int] | None, pieces: Any) -> None:
+    """CIF weights as bars; posteriors of the tokens ``ids``, or of the best of each frame, as curves."""
     step = analysis.frame_seconds
     if analysis.weights is not None:
         times = (np.arange(len(analysis.weights)) + 0.5) * step
@@ -116,7 +118,9 @@ def _draw_output(axis: Any, analysis: Analysis, tokens: Sequence[Token], pieces:
         axis.set_ylabel("CIF weight")
     if analysis.posteriors is not None:
         times = (np.arange(len(analysis.posteriors)) + 0.5) * step
-        shown = list(dict.fromkeys(token.id for token in tokens))
+        if ids is None:
+            ids = [index for index in analysis.posteriors.argmax(-1).tolist() if index != analysis.blank]
+        shown = list(dict.fromkeys(ids))
         strongest = sorted(shown, key=lambda i: -analysis.posteriors[:, i].max())[:POSTERIOR_CURVES]
         axis.plot(times, analysis.posteriors[:, analysis.blank], color="0.7", lw=0.8, label="blank")
         for index in strongest:

@@ -222,6 +222,12 @@ def test_times_come_from_the_draft(text, times):
     assert [(word.start, word.end) for word in words] == [pytest.approx(pair) for pair in times]
 
 
+def test_a_word_between_two_without_a_pause_has_some_time():
+    timed = [Word("a", 0.0, 1.0, 0.9), Word("b", 1.0, 2.0, 0.9)]
+    words = retime(["a", "new", "b"], [0.5] * 3, timed, 2.0)
+    assert [(word.start, word.end) for word in words] == [(0.0, 0.5), (0.5, 1.0), (1.0, 2.0)]
+
+
 def test_written_form_of_a_draft():
     assert as_written("well i think i'm right in paris") == "Well I think I'm right in paris."
     assert as_written("Already written") == "Already written"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import SequenceMatcher
 
 from nar_speech.types import Word
@@ -22,7 +23,7 @@ def retime(
     """Give words the times of the same words in ``timed``, which differ in case and punctuation at most.
 
     Words between two that were found share the time of the words that stand there in ``timed``, or else the
-    pause between the two, in proportion to their letters.
+    pause between the two, in proportion to their letters; where there is no pause, half of the word before.
 
     Args:
         texts, confidences: the words, as many as there are.
@@ -43,6 +44,10 @@ def retime(
         before = timed[b0 - 1].end if b0 > 0 else 0.0
         after = timed[b1].start if b1 < len(timed) else duration
         start, end = (timed[b0].start, timed[b1 - 1].end) if b1 > b0 else (before, max(before, after))
+        if end <= start and words:  # no pause: the word before gives half of its time
+            last = words[-1]
+            start, end = (last.start + last.end) / 2, last.end
+            words[-1] = replace(last, end=start)
         whole = sum(len(text) for text in texts[a0:a1]) or 1
         done = 0
         for text, confidence in zip(texts[a0:a1], confidences[a0:a1], strict=True):

@@ -289,6 +289,7 @@ class Engine:
         for name, lane in lanes.items():
             lane.counters.refused = self._refused[name]
             online[name] = lane.stats([stream for stream in streams if stream.lane is lane])
+        devices = {lane.stepper.device for lane in lanes.values() if lane.stepper.cuda}
         return EngineStats(
             health=self.health(),
             uptime=self._clock() - self._begun,
@@ -301,6 +302,7 @@ class Engine:
             slow_callbacks=fanout.slow,
             online=online,
             offline=self._offline.stats(),
+            device_bytes=sum(torch.cuda.memory_reserved(device) for device in devices),
         )
 
     def _build(self) -> Core:

@@ -172,7 +172,8 @@ class Health:
 @dataclass(frozen=True)
 class EngineStats:
     """Everything at one moment. Models are by name; ``events_waiting`` were not handed to clients yet;
-    ``slow_callbacks`` took an ``on_event`` longer than 0.1 s; ``busy_seconds`` the engine's thread worked."""
+    ``slow_callbacks`` took an ``on_event`` longer than 0.1 s; ``busy_seconds`` the engine's thread worked;
+    ``device_bytes`` are what PyTorch holds on the CUDA devices of the stream models."""
 
     health: Health
     uptime: float
@@ -185,3 +186,4 @@ class EngineStats:
     slow_callbacks: int
     online: dict[str, OnlineStats]
     offline: dict[str, OfflineStats]
+    device_bytes: int = 0

@@ -294,10 +294,9 @@ def copy_verifier(source: str | Path, target: str | Path) -> None:
 
 
 def find_files(decoding: DecodingConfig, folder: str | Path) -> DecodingConfig:
-    """``decoding`` with whole paths of the files that lie in ``folder``."""
+    """``decoding`` of a ``model.yaml`` with whole paths of the files of its folder that it names."""
     named = {key: getattr(decoding, key) for key in BROUGHT if getattr(decoding, key) is not None}
-    paths = {key: str(Path(folder) / name) for key, name in named.items() if (Path(folder) / name).is_file()}
-    return replace(decoding, **paths)
+    return replace(decoding, **{key: str(Path(folder) / name) for key, name in named.items()})
 
 
 def _bring(source: Path, target: Path, key: str) -> None:

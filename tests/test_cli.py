@@ -252,12 +252,10 @@ def test_the_legend_of_a_plot_names_pieces_that_begin_a_word():
 
     from nar_speech.pipelines import plot
     from nar_speech.pipelines.recognize import Analysis
-    from nar_speech.types import Token
 
     axis = Figure().subplots()
     analysis = Analysis(np.zeros((4, 2)), 0.01, 0.01, None, np.full((4, 3), 0.3), 0)
-    tokens = [Token(1, "\u2581may", 0.0, 0.1, 1.0), Token(2, "be", 0.1, 0.2, 1.0)]
-    plot._draw_output(axis, analysis, tokens, lambda ids: [("", "\u2581may", "be")[i] for i in ids])
+    plot._draw_output(axis, analysis, [1, 2], lambda ids: [("", "\u2581may", "be")[i] for i in ids])
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["blank", " _may", " be"]
 
 

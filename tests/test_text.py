@@ -24,6 +24,7 @@ from nar_speech.text.postprocess import (
     sentence_postprocess_sentencepiece,
     split_tags,
 )
+from nar_speech.text.realign import is_annotation
 from nar_speech.text.tokenizer import (
     BpeTokenizer,
     CharTokenizer,
@@ -402,3 +403,20 @@ def test_normalisers_by_name():
     assert get_normalizer("none")(" A  b ") == "A b"
     with pytest.raises(InputError, match="valid names"):
         get_normalizer("xx")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[ Silence ]", True),
+        ("(", True),
+        ("[wind", True),
+        ("(coughs) [noise].", True),
+        ("Yes (he said).", False),
+        ("Seven.", False),
+        ("", False),
+        ("...", False),
+    ],
+)
+def test_remarks_are_no_speech(text, expected):
+    assert is_annotation(text) is expected

@@ -20,7 +20,7 @@ from nar_speech.layers.whisper_decoder import WhisperDecoder, WhisperDecoderConf
 from nar_speech.model_folder import CONFIG_FILE, VerifierConfig
 from nar_speech.search.redraft import TokenKinds
 from nar_speech.search.verify import Decoded, greedy, verify
-from nar_speech.text.realign import as_written, retime
+from nar_speech.text.realign import as_written, is_annotation, retime
 from nar_speech.text.tokenizer import load_tokenizer
 from nar_speech.text.whisper_bpe import WhisperBpeTokenizer
 from nar_speech.types import Token, Word
@@ -154,6 +154,8 @@ class Verifier:
         ids, known = list(found.tokens), [p for p in found.log_probs if not math.isnan(p)]
         mean = math.exp(sum(known) / len(known)) if known else 0.0
         text = self.tokenizer.decode(ids).strip()
+        if is_annotation(text):  # nobody speaks
+            ids, text = [], ""
         words: tuple[Word, ...] = ()
         tokens: list[Token] = []
         if times:

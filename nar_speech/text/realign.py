@@ -1,4 +1,4 @@
-"""Times of words of one transcript, taken from another transcript of the same audio."""
+"""One transcript by another of the same audio: times of words; and what is no transcript at all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from difflib import SequenceMatcher
 from nar_speech.types import Word
 
 _SIGNS = re.compile(r"[^\w']+")
+_REMARK = re.compile(r"\[[^\]]*\]?|\([^)]*\)?")
 
 
 def bare(word: str) -> str:
@@ -67,3 +68,9 @@ def as_written(text: str) -> str:
         return text
     text = re.sub(r"\bi\b(?=$|\s|')", "I", text)
     return text[0].upper() + text[1:] + "."
+
+
+def is_annotation(text: str) -> bool:
+    """Whether a text is nothing but a remark on the sound, as Whisper writes "[ Silence ]" or "(wind"."""
+    rest = _REMARK.sub("", text)
+    return rest != text and not any(character.isalnum() for character in rest)

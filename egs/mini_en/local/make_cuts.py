@@ -156,6 +156,8 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    if not (args.work / "real").is_dir():
+        parser.error(f"--work {args.work}: has no real/; run stage 0 first")
     real = load(
         args.work / "real", [p for p in sorted((args.work / "real").glob("*.jsonl")) if p.stem != "table"]
     )

@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--prune", type=int, nargs="+", default=[0, 1, 2], help="count cut-offs")
     parser.add_argument("--entropy", type=float, default=2.1e-7, help="entropy pruning")
     args = parser.parse_args()
+    if not (args.work / "real").is_dir():
+        parser.error(f"--work {args.work}: has no real/; run stage 0 first")
     more = repeated(args.work)
     counts: Counter[str] = Counter()
     for sentence in sentences(args.work, args.part, more):

@@ -151,7 +151,8 @@ Default: `{decoder}` with a word 3-gram, {verified}; `ctc_greedy` and `paraforme
 Where it comes from: {source}
 
 Good for: read and dictated English, commands and prompts, on a small processor, without a download. Not good
-for: single words of less than a second (the verifier sometimes repeats them; `--no-verify` is better), noisy
+for: single words of less than a second (the verifier sometimes repeats or drops them; `--no-verify` is
+better), sound without speech (short clips are not searched for it; the drafts hear words in noise), noisy
 rooms, several speakers at once, rare names. The training data is mostly read speech and synthetic voices,
 with many Mandarin speakers and children.
 

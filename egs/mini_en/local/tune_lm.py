@@ -23,6 +23,7 @@ from lhotse import CutSet
 from torch import Tensor
 
 from nar_speech.checkpoint import save_safetensors
+from nar_speech.errors import NarSpeechError
 from nar_speech.hub import load_model
 from nar_speech.metrics import char_error_rate, word_error_rate
 from nar_speech.model_folder import DecodingConfig, change_model_decoding
@@ -197,4 +198,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NarSpeechError as error:
+        sys.exit(f"error: {error}")

@@ -88,9 +88,26 @@ class StridedSubsampling(nn.Module):
         for number, (first, last) in enumerate(self.stages, start=1):
             x = pad(x, (*self.padding, *time))
             for layer in range(first, last + 1):
-                x = self.conv[layer](x)
+                x = self._layer(self.conv[layer], x)
             x = x.masked_fill(~keep(number, x.shape[2])[:, None, :, None], 0.0)
         return self.out(x.transpose(1, 2).flatten(2))
+
+    def merge_projections(self) -> None:
+        """Turn the pointwise convolutions into Linear layers, which can be packed; for inference."""
+        for index, layer in enumerate(self.conv):
+            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
+                linear = nn.Linear(layer.in_channels, layer.out_channels, device="meta")
+                linear.weight = nn.Parameter(layer.weight.detach().flatten(1), False)
+                linear.bias = nn.Parameter(layer.bias.detach(), False)
+                self.conv[index] = linear.train(self.training)
+
+    @staticmethod
+    def _layer(layer: nn.Module, x: Tensor) -> Tensor:
+        """One layer over (B, C, T, F)."""
+        if isinstance(layer, nn.Conv2d | nn.ReLU):
+            return layer(x)
+        # What was a pointwise convolution reads rows of channels.
+        return layer(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Reduce the frame rate of ``x`` (B, T, F). Returns ((B, T', D), lengths (B,))."""

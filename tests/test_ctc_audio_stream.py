@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nar_speech import hub
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.features import Frontend, FrontendConfig
 from nar_speech.layers.frontend_frames import FrameFrontend
@@ -13,6 +15,7 @@ from nar_speech.models.ctc import CtcConfig, CtcModel
 from nar_speech.models.ctc_stream import CtcStream
 from nar_speech.search.ctc import greedy, prefix_beam
 from nar_speech.search.ctc_stream import BeamStream, GreedyStream
+from tests.model_folders import wenet_folder
 from tests.streams import drive, same_tensors
 
 KALDI = FrontendConfig(num_mels=20)
@@ -175,6 +178,26 @@ def test_first_steps_wait_for_no_more_than_they_need():
     fast = CtcStream(make_model(**FAST), Frontend(NEMO))
     assert (fast.first, fast.chunk) == (16 * 160 + 200, 24 * 160)  # 17 centred frames give 3 outputs
     assert fast.frame_seconds == pytest.approx(0.08)
+
+
+def test_an_official_wenet_folder_hears_streams(tmp_path):
+    folder = wenet_folder(tmp_path / "m")
+    tree = yaml.safe_load((folder / "train.yaml").read_text())
+    tree["encoder_conf"] |= {"causal": True, "use_dynamic_chunk": True}
+    (folder / "train.yaml").write_text(yaml.safe_dump(tree))
+    model = hub.load_parts(folder)
+    stream = CtcStream(model.network, model.frontend, model.network.chunking(8, 16))
+    (wave,) = make_waves(3, [30_000])
+
+    def step(audio, lengths, state, final):
+        frames, state = stream.step(audio, lengths, final, state)
+        return frames.symbols[..., 0], frames.counts, state
+
+    (labels,), _ = drive(step, stream.init_state(1), [wave], stream.first, stream.chunk)
+    feats, counts = model.frontend(wave[None], torch.tensor([len(wave)]))
+    with torch.no_grad():
+        out = model.network(feats, counts, chunk_size=8, left_chunks=2)
+    assert torch.equal(labels, out.log_probs[0].argmax(-1))
 
 
 def test_what_can_not_stream_is_refused():

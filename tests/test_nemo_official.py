@@ -243,6 +243,16 @@ def test_damaged_archives_are_refused(tmp_path, monkeypatch):
     assert "claims" in message_of(path)
 
 
+def test_archives_do_not_fill_the_disk(tmp_path):
+    folder = nemo_files(tmp_path / "m")
+    (folder / "model_weights.ckpt").write_bytes(bytes(64 << 20))
+    path = tmp_path / "bomb.nemo"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(folder, arcname=".")
+    assert path.stat().st_size < 1 << 20
+    assert "20-fold" in message_of(path)
+
+
 class Evil:
     def __reduce__(self):
         return eval, ("open('/tmp/nar_speech_evil', 'w')",)

@@ -32,12 +32,14 @@ from nar_speech.types import ModelCard
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 SECTIONS = ("preprocessor", "encoder", "decoder", "aux_ctc", "tokenizer", "ctc_reduction", "labels")
 MAX_MEMBERS, MAX_TEXT, MAX_WEIGHTS = 1000, 64 << 20, 64 << 30  # entries, bytes, bytes
+MAX_EXPANSION = 20  # of a compressed archive; weights hardly shrink
 # The CTC head is a convolution of kernel 1; transducer and constants of the features are left out.
 RENAME: dict[str, str | None] = {
     r"(?:ctc_)?decoder\.decoder_layers\.0\.": "ctc.ctc_lo.",
     r"decoder\.prediction\.": None,
     r"joint\.": None,
     r"preprocessor\.": None,
+    r"encoder\.pos_enc\.pe$": None,
 }
 # NeMo's own defaults for keys that a configuration leaves out.
 ENCODER_DEFAULTS = {
@@ -197,6 +199,7 @@ def unpacked(path: Path) -> Iterator[Path]:
 
 def _extract(archive: tarfile.TarFile, folder: Path, where: Path) -> None:
     """Configuration, weights and small files (tokenizers) of an archive into ``folder``."""
+    room = (where.stat().st_size + (1 << 20)) * MAX_EXPANSION
     for number, member in enumerate(archive):
         if number >= MAX_MEMBERS:
             raise CheckpointError(f"{where}: holds more than {MAX_MEMBERS} files; it is no NeMo model")
@@ -206,6 +209,9 @@ def _extract(archive: tarfile.TarFile, folder: Path, where: Path) -> None:
         limit = MAX_WEIGHTS if parts[0] == WEIGHTS else MAX_TEXT
         if member.size > limit:
             raise CheckpointError(f"{where}: {parts[0]} claims {member.size} bytes; the limit is {limit}")
+        room -= member.size
+        if room < 0:
+            raise CheckpointError(f"{where}: grows more than {MAX_EXPANSION}-fold; it is no NeMo model")
         target = folder / parts[0]
         if target.exists():
             raise CheckpointError(f"{where}: holds {parts[0]} twice; get the file again")

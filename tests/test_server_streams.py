@@ -51,6 +51,12 @@ def server():
         yield running
 
 
+@pytest.fixture(autouse=True)
+def all_places_are_free(server):
+    """A client that has left gives its place back a moment later; the next test must not meet it."""
+    wait_for(lambda: not server.service.streams and not server.engine.sessions)
+
+
 def stream(server, query="?endpoint=0.3", **more):
     return connect(f"{server.ws}/v1/stream{query}", **more)
 

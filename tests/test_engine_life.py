@@ -1,6 +1,7 @@
 """From open to Closed: limits, deadlines, fairness, eviction, drain, memory."""
 
 import gc
+import sys
 import threading
 import tracemalloc
 import weakref
@@ -159,6 +160,13 @@ def test_drain_lets_sessions_end_by_themselves():
         timer.start()
         assert engine.drain(timeout=60.0)
         assert events == [Closed("finished")]
+
+
+def test_threads_that_run_python_let_the_engine_in_while_it_lives():
+    before = sys.getswitchinterval()
+    with Engine({"toy": ToyStream()}, EngineOptions(max_sessions=2, buckets=(1,))):
+        assert sys.getswitchinterval() == pytest.approx(2e-5)
+    assert sys.getswitchinterval() == before
 
 
 def test_close_tells_every_session():

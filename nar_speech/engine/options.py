@@ -36,9 +36,10 @@ class EngineOptions:
         offline_threads: threads of their matrix products; None: PyTorch's.
         offline_nice: niceness of their thread (Linux).
         threads: of the engine's own matrix products; None: PyTorch's.
-        switch_interval: after how long a thread that runs Python lets others (``sys.setswitchinterval``)
-            while the engine runs. Python's 5 ms would hold up every operation of a step when other threads
-            are busy.
+        switch_interval: after how long a thread that runs Python lets others (``sys.setswitchinterval``),
+            for the whole process while the engine runs. Every operation of an eager step gives Python's lock
+            away and has to get it back: beside a thread that computes in pure Python a step of 120 small
+            operations took 1.3 ms alone, 990 ms with Python's 5 ms, 47 ms with 0.5 ms, 11 ms with 20 us.
     """
 
     max_sessions: int = 64
@@ -58,7 +59,7 @@ class EngineOptions:
     offline_threads: int | None = None
     offline_nice: int = 10
     threads: int | None = None
-    switch_interval: float = 0.0005
+    switch_interval: float = 2e-5
 
     def __post_init__(self) -> None:
         check_range(self, 1, 1_000_000, "max_sessions", "useful_batch")

@@ -137,7 +137,8 @@ def test_nonsense(server):
         heard, _ = the_end(socket_, struct.pack("<4f", 0, np.nan, 0, 0), FINISH)
         assert "f32le" in next(m for m in heard if m["type"] == "error")["error"]["message"]
     with stream(server) as socket_:
-        assert the_end(socket_, b"\0" * (2 << 20))[1].code == 1009
+        closed = the_end(socket_, b"\0" * (2 << 20))[1]
+        assert closed is None or closed.code == 1009  # TCP's reset may overtake the close frame
 
 
 def test_a_bad_stream_fails_alone(server):

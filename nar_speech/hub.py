@@ -42,6 +42,7 @@ LAYOUTS = (
 _HUB_ID = re.compile(r"^([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?$")
 _OFFICIAL_FUNASR = (
     "Paraformer",
+    "ParaformerStreaming",
     "BiCifParaformer",
     "ContextualParaformer",
     "SeacoParaformer",

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import nar_speech
 from nar_speech.config import from_dict, to_dict, write_yaml
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.features import Frontend, FrontendConfig, build_frontend
@@ -520,6 +521,21 @@ def test_an_official_online_folder_loads_and_streams(tmp_path):
         audio, torch.tensor([stream.chunk, 3000]), torch.tensor([False, True]), stream.init_state(2)
     )
     assert out.log_probs.shape[::2] == (2, vocab)
+    # The transcriber gives what the stream gives, in one piece, alone and in company.
+    model = nar_speech.load_model(tmp_path, device="cpu")
+    stream = ParaformerStream(model.recognizer.network, model.recognizer.frontend)
+    wave = 0.3 * torch.randn(3 * stream.chunk + 5000)
+    state, heard = stream.init_state(1), []
+    for piece in wave.split(stream.chunk):
+        final = torch.tensor([len(piece) < stream.chunk])
+        padded = torch.nn.functional.pad(piece, (0, stream.chunk - len(piece)))[None]
+        out, state = stream.step(padded, torch.tensor([len(piece)]), final, state)
+        heard += out.log_probs[0, : int(out.token_lengths[0])].argmax(-1).tolist()
+    found = model([wave.numpy(), wave.numpy()[:20000]])[0]
+    tokens = [token for segment in found.segments for token in segment.tokens]
+    assert [token.id for token in tokens] == [i for i in heard if i > 2] != []
+    assert found.text == model(wave.numpy()).text
+    assert all(0 <= token.start <= token.end <= found.duration for token in tokens)
 
 
 # ---- training -----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from nar_speech.layers.whisper import WhisperEncoder
 from nar_speech.model_folder import DecodingConfig
 from nar_speech.models.ctc import CtcModel
 from nar_speech.models.paraformer import BLANK, EOS, Paraformer
+from nar_speech.models.paraformer_stream import recognise_stream
 from nar_speech.models.sensevoice import LANGUAGES, PROMPT_FRAMES, SenseVoice
 from nar_speech.pipelines.language_model import LanguageModels
 from nar_speech.search.ctc import (
@@ -242,6 +243,8 @@ class Recognizer:
         durations = [len(wave) / self.sample_rate for wave in waves]
         if not isinstance(self.network, Paraformer):
             return self._ctc(feats, lengths, durations, decoder, decoding, bias, times)
+        if self.network.stream is not None and decoder == "paraformer" and not decoding.verify:
+            return self._online(feats, lengths, durations, decoding, times)
         if not decoding.verify:
             encoded, lengths = self.network.encode(feats, lengths)
             return self._paraformer(encoded, lengths, durations, decoder, decoding, bias, times)
@@ -322,6 +325,25 @@ class Recognizer:
             return [item for item, _ in rows]
         spans = self._paraformer_times(encoded, lengths, cif, rows, durations)
         return [replace(item, starts=s, ends=e) for (item, _), (s, e) in zip(rows, spans, strict=True)]
+
+    def _online(
+        self, feats: Tensor, lengths: Tensor, durations: list[float], decoding: DecodingConfig, times: bool
+    ) -> list[Recognized]:
+        """What a streaming Paraformer gives chunk by chunk, all chunks at once; a token begins where the one
+        before it has ended.
+        """
+        out = recognise_stream(self.network, feats, lengths)
+        self._refuse_nan(out.log_probs, out.token_lengths)
+        rows = self._positions(out.log_probs, out.token_lengths.tolist(), decoding.nbest)
+        if not times:
+            return [item for item, _ in rows]
+        items = []
+        for (item, kept), frames, duration in zip(rows, out.frames.tolist(), durations, strict=True):
+            ends = [(frame + 1) * self.frame_seconds for frame in frames]
+            starts = [0.0, *ends]
+            spans = tidy([starts[u] for u in kept], [ends[u] for u in kept], duration)
+            items.append(replace(item, starts=spans[0], ends=spans[1]))
+        return items
 
     def _positions(
         self, log_probs: Tensor, counts: list[int], nbest: int

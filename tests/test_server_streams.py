@@ -181,6 +181,13 @@ def test_clients_that_vanish_leave_nothing_behind(server):
         raw.close()  # with a reset, in the middle of a message
     wait_for(lambda: not server.service.streams and not server.service.peers and not server.engine.sessions)
 
+    def all_places_can_be_taken():
+        with contextlib.ExitStack() as stack:
+            others = [stack.enter_context(stream(server)) for _ in range(4)]
+            return all(json.loads(other.recv(timeout=60))["type"] == "ready" for other in others)
+
+    wait_for(all_places_can_be_taken)  # at once or, if the server has yet to meet the vanished, later
+
 
 def test_a_client_that_sends_faster_than_real_time_is_slowed_down_not_refused(server):
     with stream(server, "?endpoint=off&two_pass=no") as socket_:
@@ -335,4 +342,6 @@ def test_wyoming_nonsense(server, data):
 def test_wyoming_refuses_audio_in_pieces_that_do_not_come(server):
     with socket.create_connection(("127.0.0.1", server.server.ports["wyoming"]), timeout=60) as raw:
         raw.sendall(b'{"type": "audio-chunk", "payload_length": 100}\nabc')
+        raw.shutdown(socket.SHUT_WR)
+        assert raw.makefile("rb").read() == b""  # no answer to half a message, only the end
     wait_for(lambda: not server.service.peers)

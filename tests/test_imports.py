@@ -18,6 +18,7 @@ BASE = {
     "compress",
     "config",
     "audio",
+    "cmvn",
     "spectrum",
     "features",
     "text",
@@ -39,7 +40,8 @@ ALLOWED = {
     "pipelines": BASE | {"layers", "codec", "models", "search", "sampling", "pipelines", "hub"},
     "engine": BASE | {"layers", "codec", "models", "search", "sampling", "pipelines", "hub", "engine"},
 }
-ENGINE_GLUE = {"asr.py", "vc.py"}  # fit models to the engine; the rest of it is model-neutral
+# Fit models to the engine; the rest of it is model-neutral.
+ENGINE_GLUE = {"asr.py", "asr_offline.py", "asr_files.py", "vc.py"}
 TOP = {"server", "batch", "cli", "demo"}  # sit on top: may import anything, nothing imports them
 OPTIONAL = {
     "k2",

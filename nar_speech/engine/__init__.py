@@ -5,6 +5,8 @@ it ``session`` and ``buffer`` take audio in, ``scheduler`` picks who is next, ``
 the states and step them, and ``core`` is the thread that does it (``lane``: what it knows of a model and of a
 stream). ``fanout`` hands events out, ``offline`` runs whole segments, ``snapshot`` moves sessions, ``stats``
 counts. ``endpoint``, ``speech`` and ``partials`` are tools for models: where utterances end, what is stable.
+Speech recognition is fitted to it in ``asr`` (streams), ``asr_offline`` (segments) and ``asr_files``
+(recordings as streams); nothing else here knows of it.
 """
 
 from nar_speech.engine.engine import Engine, EngineOptions

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from nar_speech import hub
+from nar_speech.engine.asr import can_stream, load_stream
+from nar_speech.engine.asr_offline import OfflineModel
 from nar_speech.errors import ConfigError
 from nar_speech.models.paraformer import Paraformer
 from nar_speech.pipelines.transcribe import Transcriber
-from nar_speech.server.asr import can_stream, load_stream
 from nar_speech.server.logs import logger
-from nar_speech.server.offline import OfflineModel
 from nar_speech.server.service import ModelEntry
 from nar_speech.server.settings import ModelSpec, Settings
 

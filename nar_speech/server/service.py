@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nar_speech.engine import Engine, SessionOptions
+from nar_speech.engine.asr_offline import OfflineModel
 from nar_speech.errors import EngineBusy, EngineError, InputError
 from nar_speech.model_folder import SegmentConfig
 from nar_speech.server.api_error import ApiError, bad_request, told
@@ -20,7 +21,7 @@ from nar_speech.server.limits import Usage
 from nar_speech.server.live import Wish, session_settings
 from nar_speech.server.logs import logger
 from nar_speech.server.metrics import Metrics
-from nar_speech.server.offline import OfflineModel, SharedVad
+from nar_speech.server.offline import SharedVad
 from nar_speech.server.settings import OPENAI_NAMES, Settings
 from nar_speech.server.stream import LiveStream
 

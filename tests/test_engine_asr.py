@@ -1,9 +1,5 @@
 """Streaming recognisers in the engine: their texts, times, second passes, hotwords and snapshots."""
 
-import tests.server_extra  # noqa: F401  skips this file where the extra is missing
-
-# isort: split
-
 import itertools
 
 import numpy as np
@@ -22,13 +18,11 @@ from nar_speech.engine import (
     SpeechStarted,
     SpeechStopped,
 )
+from nar_speech.engine.asr import SpeechModel, TokenHearing, can_stream, load_stream
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.models.ctc_stream import CtcStream
 from nar_speech.models.paraformer_stream import ParaformerStream
 from nar_speech.search.ctc_stream import GreedyStream
-from nar_speech.server.asr import SpeechModel, TokenHearing, can_stream, load_stream
-from nar_speech.server.models import load_models, load_stream_model
-from nar_speech.server.settings import ModelSpec, Settings
 from nar_speech.types import Segment, Transcript, Word
 from tests.model_folders import CONFORMER, ctc_folder, paraformer_folder
 from tests.streams import drive
@@ -155,8 +149,8 @@ def test_pieces_of_any_size_give_the_same_events(models):
 
 def test_an_utterance_that_nobody_ends(models, monkeypatch):
     """It is cut, so that the work for each chunk stays small; no audio is lost."""
-    monkeypatch.setattr("nar_speech.server.asr.LONG", 1.0)
-    monkeypatch.setattr("nar_speech.server.asr.LONGEST", 2.0)
+    monkeypatch.setattr("nar_speech.engine.asr.LONG", 1.0)
+    monkeypatch.setattr("nar_speech.engine.asr.LONGEST", 2.0)
     finals = [e for e in hear(models["ctc"], [noise(9.0)]) if isinstance(e, Final)]
     assert len(finals) >= 3
     assert [f.segment for f in finals] == list(range(len(finals)))
@@ -217,37 +211,19 @@ def test_a_session_moves_in_the_middle(models):
         assert [e for e in events if isinstance(e, Final)] == finals
 
 
-def test_what_can_stream(parts, folders, tmp_path):
+def test_what_can_stream(parts, folders):
     assert [can_stream(parts[name]) for name in ("ctc", "paraformer", "offline")] == [True, True, False]
     with pytest.raises(ConfigError, match="files only"):
         load_stream(hub.load_parts(folders["offline"]), "cpu")
     with pytest.raises(ConfigError, match="int8"):
         load_stream(hub.load_parts(folders["ctc"]), "cpu", "int8")
-    with pytest.raises(ConfigError, match="files only"):
-        load_stream_model(str(folders["offline"]), "cpu", "float32")
 
 
-def test_voice_activity_and_models_of_a_server(folders):
-    specs = (
-        ModelSpec("both", (str(folders["ctc"]),)),
-        ModelSpec("live", (str(folders["paraformer"]),)),
-        ModelSpec("pair", (str(folders["offline"]), str(folders["paraformer"]))),
-    )
-    entries, models = load_models(Settings(models=specs, device="cpu"))
-    assert [(e.id, e.batch_key is not None, e.stream_key is not None) for e in entries] == [
-        ("both", True, True),
-        ("live", False, True),
-        ("pair", True, True),
-    ]
-    assert sorted(models) == ["both:offline", "both:online", "live:online", "pair:offline", "pair:online"]
-    sample = hub.ASSETS / "sample.flac"
-    wave = np.concatenate([read_audio(sample).samples, np.zeros(RATE, np.float32)])
-    settings = {"endpoint": {"min_silence": 0.3}}
-    events = hear(models["both:online"], [wave], settings)
+def test_speech_is_told_around_the_text(folders):
+    model = load_stream(hub.load_parts(folders["ctc"]), "cpu")
+    wave = np.concatenate([read_audio(hub.ASSETS / "sample.flac").samples, np.zeros(RATE, np.float32)])
+    events = hear(model, [wave], {"endpoint": {"min_silence": 0.3}})
     started, stopped = (
         next(e for e in events if isinstance(e, kind)) for kind in (SpeechStarted, SpeechStopped)
     )
     assert 0 <= started.time < stopped.time <= len(wave) / RATE
-    wrong = ModelSpec(None, (str(folders["ctc"]), str(folders["offline"])))
-    with pytest.raises(ConfigError, match="can't be the streaming half"):
-        load_models(Settings(models=(wrong,), device="cpu"))

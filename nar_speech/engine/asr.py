@@ -1,11 +1,8 @@
-"""Streaming recognisers for the engine: a network that steps through audio, and the text of each stream.
-
-Everything here but :func:`load_stream` speaks the engine's contract (:mod:`nar_speech.engine.model`) and
-knows nothing of servers.
-"""
+"""Streaming recognisers for the engine: a network that steps through audio, and the text of each stream."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,9 +28,10 @@ from nar_speech.pipelines.transcribe import pick_device, pick_dtype, resolve_dty
 from nar_speech.search.context import ContextGraph
 from nar_speech.search.ctc import token_borders
 from nar_speech.search.ctc_stream import BeamStream, GreedyStream
-from nar_speech.server.logs import logger
 from nar_speech.text.tokenizer import Tokenizer
 from nar_speech.types import Token, Word
+
+logger = logging.getLogger(__name__)
 
 KNOWN = ("endpoint", "language", "hotwords", "second_pass")  # settings of a session
 CANDIDATES = 8  # symbols of each CTC frame that are read back, for hotwords

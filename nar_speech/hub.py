@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nar_speech.features import Frontend
-    from nar_speech.model_folder import DecodingConfig, VerifierConfig
+    from nar_speech.model_folder import DecodingConfig, StreamConfig, VerifierConfig
     from nar_speech.pipelines.transcribe import Transcriber
     from nar_speech.text.tokenizer import Tokenizer
 
@@ -62,6 +62,7 @@ class LoadedModel:
     folder: Path
     layout: Layout
     verifier: VerifierConfig | None = None
+    stream: StreamConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ def import_model(
             model.tokenizer,
             model.decoding,
             cmvn_from=folder,
+            stream=model.stream,
         )
         if model.verifier is not None:
             copy_verifier(folder, target)
@@ -249,6 +251,7 @@ def model_info(name: str | Path, cache_dir: str | Path | None = None, offline: b
         "vocabulary": model.tokenizer.vocab_size,
         "frontend": configs.to_dict(model.frontend.config),
         "decoding": configs.to_dict(model.decoding),
+        "stream": None if model.stream is None else configs.to_dict(model.stream),
     }
 
 
@@ -343,10 +346,16 @@ def _load_own(folder: Path) -> LoadedModel:
         )
     with SkipInit(), configs.blame(f"{where}: network"):
         network = build(config)
+    if file.stream is not None:
+        with configs.blame(f"{where}: stream"):
+            if file.card.model != "ctc":
+                raise ConfigError("is for CTC models; others have their chunks in network")
+            network.chunking(file.stream.chunk_size, file.stream.left)
     load_strict(network, expand(read_weights(folder / WEIGHTS_FILE)), where=folder / WEIGHTS_FILE)
     network.eval().requires_grad_(False)
     decoding = find_files(file.decoding, folder)
-    return LoadedModel(network, frontend, tokenizer, file.card, decoding, folder, "nar_speech", file.verifier)
+    parts = (network, frontend, tokenizer, file.card, decoding, folder, "nar_speech")
+    return LoadedModel(*parts, file.verifier, file.stream)
 
 
 def _network_class(name: str, where: Path) -> tuple[type, Callable[[Any], nn.Module]]:

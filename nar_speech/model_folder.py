@@ -1,7 +1,8 @@
 """Our model folder: ``model.yaml``, ``model.safetensors`` and tokenizer files.
 
-``model.yaml`` holds the parts ``card``, ``frontend``, ``network``, ``tokenizer``, ``decoding`` and, after an
-import, ``sha256`` of the files. Every key is checked: a misspelt one is an error.
+``model.yaml`` holds the parts ``card``, ``frontend``, ``network``, ``tokenizer``, ``decoding``, perhaps
+``stream`` and ``verifier`` and, after an import, ``sha256`` of the files. Every key is checked: a misspelt
+one is an error.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ WEIGHTS_FILE = "model.safetensors"
 LONGEST = 86_400.0  # seconds
 TIMES = ("whole", "merge", "longest", "gap", "min_speech", "min_silence", "pad")
 MAX_BEAM, MAX_BONUS = 10_000, 1e6
+MAX_FRAMES = 100_000
 
 DecoderName = Literal["auto", "paraformer", "ctc_greedy", "ctc_beam", "attention_rescoring"]
 
@@ -157,6 +159,23 @@ class VerifierConfig:
 
 
 @dataclass(frozen=True)
+class StreamConfig:
+    """The ``stream`` part of a CTC model: how it is fed with live speech, in output frames of its encoder.
+
+    Args:
+        chunk_size: frames of a chunk; text comes chunk by chunk.
+        left: frames before a chunk that it sees; -1: a stream has room for four chunks.
+    """
+
+    chunk_size: int
+    left: int
+
+    def __post_init__(self) -> None:
+        configs.check_range(self, 1, MAX_FRAMES, "chunk_size")
+        configs.check_range(self, -1, MAX_FRAMES, "left")
+
+
+@dataclass(frozen=True)
 class ModelFile:
     """``model.yaml``. ``network`` is checked by the model that ``card.model`` names."""
 
@@ -165,6 +184,7 @@ class ModelFile:
     tokenizer: TokenizerConfig
     frontend: FrontendConfig = field(default_factory=FrontendConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    stream: StreamConfig | None = None
     verifier: VerifierConfig | None = None
     sha256: dict[str, str] = field(default_factory=dict)
 
@@ -188,6 +208,7 @@ def write_model_folder(
     tokenizer: Tokenizer,
     decoding: DecodingConfig | Mapping[str, Any] | None = None,
     cmvn_from: str | Path = ".",
+    stream: StreamConfig | None = None,
 ) -> Path:
     """Write a model folder; ``model.yaml`` comes last, so a folder that has one is whole.
 
@@ -195,6 +216,7 @@ def write_model_folder(
         network: the model's configuration dataclass.
         cmvn_from: folder with the file that ``frontend.cmvn`` names.
         decoding: its ``lm`` and ``prior``, paths, are copied into the folder.
+        stream: of a CTC model that hears streams; None: as its encoder does by default.
 
     Raises:
         ConfigError: the CMVN file or a file that ``decoding`` names is missing.
@@ -216,7 +238,9 @@ def write_model_folder(
             decoding = replace(decoding, **{key: source.name})
             files.append(source.name)
     sums = {name: sha256(folder / name) for name in files}
-    tree = ModelFile(card, configs.to_dict(network), tokenizer_config, frontend, decoding, sha256=sums)
+    tree = ModelFile(
+        card, configs.to_dict(network), tokenizer_config, frontend, decoding, stream, sha256=sums
+    )
     _write_model_file(tree, folder)
     return folder
 

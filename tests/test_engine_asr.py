@@ -1,11 +1,15 @@
 """Streaming recognisers in the engine: their texts, times, second passes, hotwords and snapshots."""
 
 import itertools
+import re
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from nar_speech import config as configs
 from nar_speech import hub
 from nar_speech.audio import read_audio
 from nar_speech.engine import (
@@ -20,6 +24,7 @@ from nar_speech.engine import (
 )
 from nar_speech.engine.asr import SpeechModel, TokenHearing, can_stream, load_stream
 from nar_speech.errors import ConfigError, InputError
+from nar_speech.model_folder import StreamConfig, read_model_file, write_model_folder
 from nar_speech.models.ctc_stream import CtcStream
 from nar_speech.models.paraformer_stream import ParaformerStream
 from nar_speech.search.ctc_stream import GreedyStream
@@ -217,6 +222,54 @@ def test_what_can_stream(parts, folders):
         load_stream(hub.load_parts(folders["offline"]), "cpu")
     with pytest.raises(ConfigError, match="int8"):
         load_stream(hub.load_parts(folders["ctc"]), "cpu", "int8")
+
+
+def test_chunks_come_from_model_yaml(parts, tmp_path):
+    """How a model was trained for streams is how it is fed, here and on the server, unless told otherwise."""
+    own = parts["ctc"]
+    folder = write_model_folder(
+        tmp_path / "m",
+        own.network,
+        own.card,
+        own.frontend.config,
+        own.network.config,
+        own.tokenizer,
+        stream=StreamConfig(chunk_size=4, left=12),
+    )
+
+    def chunks(folder, **more):
+        chunking = load_stream(hub.load_parts(folder), "cpu", **more).model.stream.chunking
+        return chunking.frames, chunking.left
+
+    assert chunks(folder) == (4, 12)
+    assert load_stream(hub.load_parts(folder), "cpu").chunk == 4 * 4 * RATE // 100  # 10 ms, subsampled by 4
+    assert chunks(folder, chunk_size=6) == (6, 12)
+    assert chunks(folder, chunk_size=6, left=24) == (6, 24)
+    assert chunks(hub.import_model(folder, tmp_path / "copy")) == (4, 12)
+    assert hub.model_info(folder)["stream"] == {"chunk_size": 4, "left": 12}
+    whole = read_model_file(folder)
+    configs.write_yaml(replace(whole, stream=StreamConfig(4, -1)), folder / "model.yaml")
+    assert chunks(folder) == (4, 16)  # all of the past: room for four chunks
+    with pytest.raises(ConfigError, match="leave these out"):
+        load_stream(parts["paraformer"], "cpu", chunk_size=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "stream", "words"),
+    [
+        ("ctc", {"chunk_size": 0, "left": 4}, "model.yaml: stream: chunk_size: got 0"),
+        ("ctc", {"chunk_size": 4}, "stream: key 'left' is required"),
+        ("ctc", {"chunk_size": 4, "left": 4, "right": 1}, "unknown key 'right'"),
+        ("offline", {"chunk_size": 4, "left": 4}, "model.yaml: stream: causal: false"),
+        ("paraformer", {"chunk_size": 4, "left": 4}, "model.yaml: stream: is for CTC models"),
+    ],
+)
+def test_chunks_that_are_wrong_are_named(folders, tmp_path, name, stream, words):
+    shutil.copytree(folders[name], tmp_path / "m")
+    tree = configs.read_yaml(tmp_path / "m/model.yaml")
+    configs.write_yaml({**tree, "stream": stream}, tmp_path / "m/model.yaml")
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        hub.load_parts(tmp_path / "m")
 
 
 def test_speech_is_told_around_the_text(folders):

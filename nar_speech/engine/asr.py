@@ -18,6 +18,7 @@ from nar_speech.engine.partials import StablePrefix
 from nar_speech.engine.speech import WithVad
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.hub import LoadedModel
+from nar_speech.layers.chunks import Chunking
 from nar_speech.layers.silero import SAMPLE_RATE, SileroVad
 from nar_speech.models.ctc import CtcModel
 from nar_speech.models.ctc_stream import CtcStream
@@ -34,6 +35,7 @@ from nar_speech.types import Token, Word
 logger = logging.getLogger(__name__)
 
 KNOWN = ("endpoint", "language", "hotwords", "second_pass")  # settings of a session
+ROOM_CHUNKS = 4  # before a chunk, where the encoder could see all
 CANDIDATES = 8  # symbols of each CTC frame that are read back, for hotwords
 BEAM, BEAM_MARGIN, HOTWORD_SCORE = 8, 12.0, 3.0
 LEAD = 3.0  # seconds before the first token that a second pass hears too
@@ -345,11 +347,38 @@ def can_stream(parts: LoadedModel) -> bool:
     return True
 
 
-def load_stream(parts: LoadedModel, device: str = "auto", dtype: str = "float32") -> StreamModel:
-    """A model that hears live speech and tells when somebody speaks; ``parts`` belong to it from now on.
+def chunking_of(parts: LoadedModel, chunk_size: int | None = None, left: int | None = None) -> Chunking:
+    """How a CTC model is fed: as asked, else as its ``model.yaml`` says, else as its encoder does by default.
+
+    Args:
+        chunk_size, left: output frames of a chunk, and before it that it sees.
 
     Raises:
-        ConfigError: it hears whole utterances only, or not at 16 kHz; int8.
+        ConfigError: sizes that the encoder does not take.
+    """
+    if parts.stream is not None:
+        chunk_size = parts.stream.chunk_size if chunk_size is None else chunk_size
+        left = parts.stream.left if left is None else left
+    chunking = parts.network.chunking(chunk_size, left)
+    if chunking.left < 0:  # all of the past: a slot has room for some of it
+        chunking = parts.network.chunking(chunk_size, ROOM_CHUNKS * chunking.frames)
+    return chunking
+
+
+def load_stream(
+    parts: LoadedModel,
+    device: str = "auto",
+    dtype: str = "float32",
+    chunk_size: int | None = None,
+    left: int | None = None,
+) -> StreamModel:
+    """A model that hears live speech and tells when somebody speaks; ``parts`` belong to it from now on.
+
+    Args:
+        chunk_size, left: see :func:`chunking_of`.
+
+    Raises:
+        ConfigError: it hears whole utterances only, or not at 16 kHz; int8; sizes that it does not take.
     """
     if not can_stream(parts):
         raise ConfigError(f"model '{parts.card.name}': recognises files only, it can't hear live speech")
@@ -361,11 +390,13 @@ def load_stream(parts: LoadedModel, device: str = "auto", dtype: str = "float32"
     frontend = parts.frontend.to(place).eval()
     stream: CtcStream | ParaformerStream
     if isinstance(network, Paraformer):
+        if chunk_size is not None or left is not None:
+            raise ConfigError(
+                f"chunk_size, left: model '{parts.card.name}' has them in network.stream; leave these out"
+            )
         stream = ParaformerStream(network, frontend)
     else:
-        chunking = network.chunking()
-        if chunking.left < 0:  # of the whole past; a slot has room for four chunks
-            chunking = network.chunking(left=4 * chunking.frames)
+        chunking = chunking_of(parts, chunk_size, left)
         stream = CtcStream(network, frontend, chunking, min(CANDIDATES, network.config.vocab_size))
     if stream.sample_rate != SAMPLE_RATE:
         raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from nar_speech.errors import ConfigError, MissingExtraError
 from nar_speech.server.auth import KEYS_VARIABLE, Limits
-from nar_speech.server.settings import ModelSpec, Settings
+from nar_speech.server.settings import ModelSpec, Settings, check_chunks
 
 NEEDED = ("fastapi", "uvicorn", "websockets", "multipart", "prometheus_client")
 MIB = 1 << 20
@@ -19,7 +19,7 @@ SAME_NAME = (
     "host", "port", "funasr_port", "wyoming_port", "device", "dtype", "max_streams", "max_uploads",
     "waiting_uploads", "max_upload_seconds", "max_stream_seconds", "idle_seconds", "stall_seconds",
     "drain_seconds", "api_keys", "open_ports", "ssl_certfile", "ssl_keyfile", "log_format", "log_level",
-    "log_text",
+    "log_text", "chunk_size", "left",
 )
 # fmt: on
 
@@ -43,6 +43,7 @@ def describe_serve(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="float32", choices=("auto", "float32", "fp32", "bfloat16", "bf16", "int8")
     )
     models.add_argument("--threads", type=int, metavar="N", help="CPU threads of PyTorch")
+    describe_chunks(models)
 
     ports = parser.add_argument_group("ports")
     ports.add_argument("--host", default=default.host, help="(default: %(default)s; 0.0.0.0: all)")
@@ -108,6 +109,17 @@ def describe_serve(parser: argparse.ArgumentParser) -> None:
     logs.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     logs.add_argument("--log-text", action="store_true", help="write recognised text into the log")
     logs.add_argument("--no-page", action="store_true", help="without the page for the browser at /")
+
+
+def describe_chunks(group: argparse._ActionsContainer) -> None:
+    """How streaming CTC models are fed; the same for all commands."""
+    group.add_argument(
+        "--chunk-size",
+        type=int,
+        metavar="N",
+        help="of streaming CTC models: encoder frames of a chunk (default: as model.yaml says)",
+    )
+    group.add_argument("--left", type=int, metavar="N", help="frames before a chunk that it sees")
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -186,6 +198,7 @@ def describe_bench(parser: argparse.ArgumentParser) -> None:
     streams.add_argument("--device", default="auto")
     streams.add_argument("--dtype", default="float32")
     streams.add_argument("--threads", type=int, metavar="N", help="CPU threads of PyTorch")
+    describe_chunks(streams)
     streams.add_argument("--normalize", default="en", choices=("en", "zh", "none"), help="(%(default)s)")
     streams.add_argument("--json", action="store_true", help="all numbers as JSON on stdout")
 
@@ -199,6 +212,9 @@ def bench(options: argparse.Namespace) -> int:
     for name, value in (("--n", min(counts)), ("--seconds", options.seconds), ("--packet", options.packet)):
         if not 0 < value < float("inf"):
             raise ConfigError(f"{name}: must be above 0")
+    check_chunks(options.chunk_size, options.left)
+    if options.url is not None and (options.chunk_size, options.left) != (None, None):
+        raise ConfigError("--chunk-size, --left: a running server has its own; leave them out with --url")
     need_extra("the load tool")
     import torch
 
@@ -218,7 +234,8 @@ def bench(options: argparse.Namespace) -> int:
     else:
         from nar_speech.server.models import load_stream_model
 
-        key, model, settings = load_stream_model(options.model, options.device, options.dtype)
+        chunks = (options.chunk_size, options.left)
+        key, model, settings = load_stream_model(options.model, options.device, options.dtype, *chunks)
         corpus = tool.read_corpus(options.audio, model.sample_rate)
         for n in counts:
             reports.append(

@@ -59,7 +59,9 @@ def load_entry(spec: ModelSpec, settings: Settings) -> tuple[ModelEntry, dict[st
             half = ("offline", "streaming")[number]
             raise ConfigError(f"--model {'+'.join(sources)}: '{source}' can't be the {half} half")
         if live:
-            model = load_stream(hub.load_parts(folder) if whole else parts, settings.device, settings.dtype)
+            own = hub.load_parts(folder) if whole else parts
+            chunks = (settings.chunk_size, settings.left)
+            model = load_stream(own, settings.device, settings.dtype, *chunks)
             entry = replace(entry, stream_key=f"{entry.id}:online", stream_rate=model.sample_rate)
             halves[entry.stream_key] = model
         if whole:
@@ -89,14 +91,19 @@ def with_twin(sources: tuple[str, ...]) -> tuple[str, ...]:
     return sources
 
 
-def load_stream_model(name: str, device: str, dtype: str) -> tuple[str, Any, dict[str, Any]]:
+def load_stream_model(
+    name: str, device: str, dtype: str, chunk_size: int | None = None, left: int | None = None
+) -> tuple[str, Any, dict[str, Any]]:
     """A streaming model for the load tool: its name in an engine, the model, settings of its sessions.
+
+    Args:
+        chunk_size, left: see :func:`nar_speech.engine.asr.chunking_of`.
 
     Raises:
         InputError: it can't be loaded, or hears no streams.
     """
     parts = hub.load_parts(hub.resolve(with_twin((name,))[-1]))
-    return parts.card.name, load_stream(parts, device, dtype), {"endpoint": False}
+    return parts.card.name, load_stream(parts, device, dtype, chunk_size, left), {"endpoint": False}
 
 
 def warm_up(model: OfflineModel) -> None:

@@ -54,6 +54,7 @@ class Settings:
 
     Args:
         funasr_port, wyoming_port: of these protocols; None: not served on a port of their own.
+        chunk_size, left: of streaming CTC models, see :func:`nar_speech.engine.asr.chunking_of`.
         max_streams: live streams at once; above, clients are refused with 503.
         max_uploads, waiting_uploads: files recognised at once, and files that wait; above, 503.
         max_upload_bytes, max_upload_seconds: of one file.
@@ -77,6 +78,8 @@ class Settings:
     aliases: dict[str, str] = field(default_factory=dict)
     device: str = "auto"
     dtype: str = "float32"
+    chunk_size: int | None = None
+    left: int | None = None
     max_streams: int = 64
     max_uploads: int = 2
     waiting_uploads: int = 32
@@ -112,6 +115,7 @@ class Settings:
         for name in _POSITIVE:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}: got {getattr(self, name)}; must be above 0")
+        check_chunks(self.chunk_size, self.left)
         for name in ("waiting_uploads", "drain_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}: got {getattr(self, name)}; must not be negative")
@@ -129,6 +133,18 @@ class Settings:
     def public(self) -> bool:
         """Whether other machines can reach this one."""
         return self.host not in LOOPBACK
+
+
+def check_chunks(chunk_size: int | None, left: int | None) -> None:
+    """Whether chunks may have these sizes, in frames.
+
+    Raises:
+        ConfigError: they may not.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ConfigError(f"--chunk-size {chunk_size}: must be at least 1")
+    if left is not None and left < 0:
+        raise ConfigError(f"--left {left}: must not be negative; a stream has room for a number of frames")
 
 
 _POSITIVE = (

@@ -10,7 +10,6 @@ NeMo 3.0 ``FilterbankFeatures``.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,18 +19,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from nar_speech.cmvn import read_json_cmvn, read_kaldi_cmvn
 from nar_speech.config import check_range
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.spectrum import (
+    filled_frames,
     kaldi_mel_matrix,
     kaldi_spectrum_frames,
     log_energies,
     nemo_frames,
     nemo_log_energies,
     normalize_features,
-    power,
     power_of_two,
     slaney_mel_matrix,
+    whisper_log_energies,
     window_samples,
 )
 
@@ -46,8 +47,8 @@ class FrontendConfig:
 
     Args:
         kind: ``fbank`` (Kaldi, natural log, samples scaled to 16 bit), ``log_mel`` (Whisper: log10, floored 8
-            below the utterance's maximum, then ``(x + 4) / 4``) or ``nemo`` (pre-emphasis, centred frames,
-            natural log of the energy + 2^-24).
+            below the utterance's maximum or ``peak``, then ``(x + 4) / 4``) or ``nemo`` (pre-emphasis,
+            centred frames, natural log of the energy + 2^-24).
         window: of ``fbank`` and ``nemo``: ``povey`` (default of ``fbank``), ``hamming``, ``hann`` (default of
             ``nemo``), ``blackman`` or ``rectangular``. ``log_mel`` always uses ``hann``.
         frame_ms, shift_ms: length and hop of a frame in milliseconds.
@@ -55,6 +56,9 @@ class FrontendConfig:
         high_hz: upper edge; 0 or less counts from half the sample rate.
         dither: standard deviation of the noise added in training mode, in 16-bit steps (not ``log_mel``).
         fft_size: of ``nemo``; default the next power of 2 above the frame.
+        peak: of ``log_mel``: log10 of the energy that stands for every utterance's maximum. What is heard
+            later changes nothing then, so such features can stream; a clip begins after zeros, not after its
+            mirror image, and one shorter than the hop has no frame.
         normalize: ``per_feature`` (``nemo`` only): mean 0 and deviation 1 of each feature in each utterance.
         lfr_m, lfr_n: stack ``lfr_m`` frames every ``lfr_n`` frames (low frame rate); 1, 1 is off.
         cmvn: file in the model folder with mean and scale: ``*.mvn`` (Kaldi text) or ``*.json`` (WeNet).
@@ -70,6 +74,7 @@ class FrontendConfig:
     high_hz: float = 0.0
     dither: float = 0.0
     fft_size: int | None = None
+    peak: float | None = None
     normalize: Literal["none", "per_feature"] = "none"
     lfr_m: int = 1
     lfr_n: int = 1
@@ -102,6 +107,10 @@ class FrontendConfig:
             raise ConfigError("dither: kind log_mel has none; leave the key out")
         if self.kind != "nemo" and (self.fft_size is not None or self.normalize != "none"):
             raise ConfigError("fft_size, normalize: only kind nemo has them; leave the keys out")
+        if self.peak is not None:
+            if self.kind != "log_mel":
+                raise ConfigError("peak: only kind log_mel has it; leave the key out")
+            check_range(self, -10, 10, "peak")
         if self.fft_size is not None and not self.frame_samples <= self.fft_size <= 1 << 20:
             raise ConfigError(
                 f"fft_size: got {self.fft_size}; must be {self.frame_samples} (a frame) to {1 << 20}"
@@ -185,8 +194,12 @@ class Frontend(nn.Module):
                 self.fft_size = self.frame
                 window = torch.hann_window(self.frame, dtype=torch.float64)
             mel = slaney_mel_matrix(config.num_mels, self.fft_size, config.sample_rate, low, high)
-        # Of nemo: samples before the beginning that its first frame and the pre-emphasis see.
-        self.lead = self.fft_size // 2 - (self.fft_size - self.frame) // 2 + 1
+        # Of centred frames: the samples one is made of (nemo: and one for the pre-emphasis), and how many of
+        # them the first frame has before the beginning.
+        emphasis = int(config.kind == "nemo")
+        self.centred = config.kind == "nemo" or config.peak is not None
+        self.span = self.frame + emphasis
+        self.lead = self.fft_size // 2 - (self.fft_size - self.frame) // 2 + emphasis
         self.register_buffer("window", window.float(), persistent=False)
         self.register_buffer("mel", mel.float().T.contiguous(), persistent=False)
         for name, value in zip(("cmvn_shift", "cmvn_scale"), cmvn or (None, None), strict=True):
@@ -227,10 +240,10 @@ class Frontend(nn.Module):
         """
         with torch.autocast(waves.device.type, enabled=False):
             waves, lengths = self._check(waves, lengths)
-            if self.config.kind == "log_mel":
+            if self.config.kind == "log_mel" and not self.centred:
                 frames, counts = self._log_mel(waves, lengths)
                 return self._finish(*stack_frames(frames, counts, self.config.lfr_m, self.config.lfr_n))
-            if self.config.kind == "nemo":
+            if self.centred:
                 waves = nn.functional.pad(self._scale(waves, generator), (self.lead, 0))
                 frames, counts = self.centred_mel(waves, lengths + self.lead, True)
                 if self.config.normalize == "per_feature":
@@ -251,10 +264,9 @@ class Frontend(nn.Module):
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
-        nemo = self.config.kind == "nemo"
         return FrontendState(
-            samples=zeros(self.frame if nemo else self.frame - 1, dtype=torch.float32),
-            num_samples=zeros() + (self.lead if nemo else 0),
+            samples=zeros(self.span - 1, dtype=torch.float32),
+            num_samples=zeros() + (self.lead if self.centred else 0),
             frames=zeros(self.config.lfr_m - 1, self.config.num_mels, dtype=torch.float32),
             num_frames=zeros(),
             started=zeros(dtype=torch.bool),
@@ -288,8 +300,8 @@ class Frontend(nn.Module):
             final = torch.as_tensor(final, dtype=torch.bool, device=waves.device).expand(len(waves))
             scaled = self._scale(waves, generator)
             buffer, filled = _append(state.samples, state.num_samples, scaled, lengths)
-            fresh = self.lead if self.config.kind == "nemo" else 0  # samples of a new stream: zeros
-            if self.config.kind == "nemo":
+            fresh = self.lead if self.centred else 0  # samples of a new stream: zeros
+            if self.centred:
                 frames, counts = self.centred_mel(buffer, filled, final)
             else:
                 frames, counts = self.filter_bank(buffer, filled)
@@ -320,10 +332,10 @@ class Frontend(nn.Module):
             return features, emitted, FrontendState(samples, num_samples, frames_kept, num_kept, started)
 
     def _check_streaming(self) -> None:
-        if self.config.kind == "log_mel":
+        if self.config.kind == "log_mel" and not self.centred:
             raise ConfigError(
                 "frontend.kind: log_mel is scaled by the maximum of the whole utterance and can't stream;"
-                " use a model with kind fbank"
+                " use a model with kind fbank, or one that was trained with a fixed frontend.peak"
             )
         if self.config.normalize != "none":
             raise ConfigError(
@@ -344,7 +356,7 @@ class Frontend(nn.Module):
 
     def _scale(self, waves: Tensor, generator: torch.Generator | None) -> Tensor:
         """Kaldi's scale, and dither in training."""
-        scale = 1.0 if self.config.kind == "nemo" else INT16_SCALE
+        scale = 1.0 if self.centred else INT16_SCALE
         waves = waves * scale
         if self.training and self.config.dither:
             noise = torch.randn(waves.shape, generator=generator, device=waves.device)
@@ -357,6 +369,8 @@ class Frontend(nn.Module):
             return torch.div(samples - self.fft_size % 2, self.shift, rounding_mode="floor").clamp(min=0)
         if self.config.kind == "log_mel":
             frames = torch.div(samples, self.shift, rounding_mode="floor")
+            if self.centred:
+                return frames.clamp(min=0)
         else:
             frames = torch.div(samples - self.frame, self.shift, rounding_mode="floor") + 1
         return torch.where(samples > 0, frames.clamp(min=1), 0)
@@ -372,20 +386,25 @@ class Frontend(nn.Module):
         return self._in_blocks(waves, self.frame, energies), counts
 
     def centred_mel(self, waves: Tensor, filled: Tensor, final: bool | Tensor) -> tuple[Tensor, Tensor]:
-        """NeMo's log mel energies (B, T, M) of streams, and how many of them there are (B,).
+        """Log mel energies (B, T, M) of streams, NeMo's or Whisper's under ``peak``, and their number (B,).
 
         Args:
             waves: (B, N) samples, of which ``filled`` (B,) are there. A stream begins with ``lead`` zeros,
                 and what is kept of it begins at a multiple of the hop.
             final: whether the streams end here: then frames may reach behind their ends.
         """
-        size = self.frame + 1
+        size, peak = self.span, self.config.peak
         waves = nn.functional.pad(waves, (0, max(size - self.lead - self.shift, 0)))
         running = torch.div(filled - size, self.shift, rounding_mode="floor") + 1
         ending = self._whole_frames(filled - self.lead)
         final = torch.as_tensor(final, device=filled.device)
 
         def energies(begin: int, end: int) -> Tensor:
+            if peak is not None:
+                frames = filled_frames(waves[:, begin:end], filled - begin, self.window, self.shift)
+                return (
+                    whisper_log_energies(frames, self.fft_size, self.mel).clamp_(min=peak - 8.0) / 4.0 + 1.0
+                )
             frames = nemo_frames(waves[:, begin:end], filled - begin, self.window, self.shift)
             return nemo_log_energies(frames, self.fft_size, self.mel)
 
@@ -444,7 +463,7 @@ class Frontend(nn.Module):
         waves = nn.functional.pad(waves, (0, size - waves.shape[1]))
         waves = torch.cat([waves[:, 1 : half + 1].flip(1), waves], dim=1)
         frames = waves.unfold(1, self.frame, self.shift) * self.window
-        energies = (power(frames, self.fft_size) @ self.mel).clamp_(min=1e-10).log10_()
+        energies = whisper_log_energies(frames, self.fft_size, self.mel)
         valid = torch.arange(energies.shape[1], device=waves.device) < counts[:, None]
         peak = energies.masked_fill(~valid[..., None], -math.inf).amax(dim=(1, 2), keepdim=True)
         return torch.maximum(energies, peak - 8.0).add_(4.0).div_(4.0), counts
@@ -528,70 +547,6 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
     if values.ndim == 3:
         index = index[..., None].expand(-1, -1, values.shape[2])
     return values.gather(1, index)
-
-
-def read_kaldi_cmvn(path: str | Path) -> tuple[Tensor, Tensor]:
-    """(shift, scale), each (F,) float32, of a Kaldi network in text form (FunASR's ``am.mvn``).
-
-    Raises:
-        ConfigError: a missing file, a section that is missing or empty, values that are not finite numbers.
-    """
-    words = _read_text(path).split()
-    shift = _kaldi_section(words, "<AddShift>", path)
-    scale = _kaldi_section(words, "<Rescale>", path)
-    if len(shift) != len(scale):
-        raise ConfigError(
-            f"{path}: <AddShift> has {len(shift)} values, <Rescale> has {len(scale)}; need as many"
-        )
-    return shift, scale
-
-
-def _kaldi_section(words: list[str], name: str, path: str | Path) -> Tensor:
-    """The values between the brackets that follow the section ``name``."""
-    try:
-        begin = words.index("[", words.index(name))
-        end = words.index("]", begin)
-        values = torch.tensor([float(word) for word in words[begin + 1 : end]])
-    except ValueError as error:
-        raise ConfigError(
-            f"{path}: no readable values [ ... ] after {name}; is it a Kaldi CMVN file?"
-        ) from error
-    if not len(values) or not values.isfinite().all():
-        raise ConfigError(f"{path}: the values after {name} are empty or not finite; use an intact file")
-    return values
-
-
-def read_json_cmvn(path: str | Path) -> tuple[Tensor, Tensor]:
-    """(shift, scale), each (F,) float32: minus the mean and the inverse deviation of WeNet's ``global_cmvn``.
-
-    The file holds the sums ``mean_stat``, ``var_stat`` (of squares) and ``frame_num``.
-
-    Raises:
-        ConfigError: a missing or malformed file.
-    """
-    try:
-        tree = json.loads(_read_text(path))
-        count = float(tree["frame_num"])
-        sums = torch.tensor(tree["mean_stat"], dtype=torch.float64)
-        squares = torch.tensor(tree["var_stat"], dtype=torch.float64)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path}: not a WeNet CMVN file with mean_stat, var_stat and frame_num") from error
-    if count <= 0 or sums.ndim != 1 or sums.shape != squares.shape or not len(sums):
-        raise ConfigError(f"{path}: need frame_num > 0 and mean_stat, var_stat of the same length")
-    mean = sums / count
-    deviation = (squares / count - mean.square()).clamp(min=1e-20).sqrt()
-    if not (mean.isfinite().all() and deviation.isfinite().all()):
-        raise ConfigError(f"{path}: the statistics are not finite; use an intact file")
-    return -mean.float(), deviation.reciprocal().float()
-
-
-def _read_text(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: can't read the CMVN file ({type(error).__name__}); check the path"
-        ) from error
 
 
 def select_streams(state: FrontendState, index: Tensor) -> FrontendState:

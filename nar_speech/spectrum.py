@@ -47,6 +47,17 @@ def nemo_frames(waves: Tensor, filled: Tensor, window: Tensor, shift: int) -> Te
     return emphasised.unfold(1, len(window), shift) * window
 
 
+def filled_frames(waves: Tensor, filled: Tensor, window: Tensor, shift: int) -> Tensor:
+    """Frames (B, T, W) times ``window`` (W,) of ``waves`` (B, N >= W), zero after ``filled`` (B,) samples."""
+    position = torch.arange(waves.shape[1], device=waves.device)
+    return waves.masked_fill(position >= filled[:, None], 0.0).unfold(1, len(window), shift) * window
+
+
+def whisper_log_energies(frames: Tensor, fft_size: int, mel: Tensor) -> Tensor:
+    """log10 of the mel energies (B, T, M) of windowed frames (B, T, W), at least -10."""
+    return (power(frames, fft_size) @ mel).clamp_(min=1e-10).log10_()
+
+
 def nemo_log_energies(frames: Tensor, fft_size: int, mel: Tensor) -> Tensor:
     """Natural log of the guarded mel energies (B, T, M) of windowed frames (B, T, W)."""
     return (power(frames, fft_size) @ mel).add_(NEMO_GUARD).log_()

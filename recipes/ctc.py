@@ -10,14 +10,18 @@ tensorboard/, loss.png and model/, the folder that nar_speech.load_model reads.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nar_speech import config as configs
 from nar_speech.data import spec_augment
+from nar_speech.hub import load_parts, resolve
+from nar_speech.losses.distill import feature_distance
 from nar_speech.model_folder import write_model_folder
-from nar_speech.models.ctc import CtcConfig, CtcModel, ctc_model_loss
+from nar_speech.models.ctc import CtcConfig, CtcModel, ctc_model_loss, ctc_output_loss
 from nar_speech.search import ctc as ctc_search
 from nar_speech.train import World, say, train
 from nar_speech.train.recipe import load_initial, run_recipe
@@ -44,6 +48,21 @@ class StreamSection:
     left: int = 64
 
 
+@dataclass(frozen=True)
+class TeacherSection:
+    """A trained model whose encoder output the encoder is to come close to, by its width and frame rate.
+
+    It hears the same audio, without SpecAugment, and as a whole where the student has to stream.
+
+    Attributes:
+        model: name or folder.
+        weight: factor on :func:`nar_speech.losses.distill.feature_distance`.
+    """
+
+    model: str
+    weight: float = 0.1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(RecognitionRecipe):
     """Everything that can be set.
@@ -54,6 +73,7 @@ class Recipe(RecognitionRecipe):
     """
 
     stream: StreamSection | None = None
+    teacher: TeacherSection | None = None
 
 
 def recipe(config: Recipe, world: World) -> None:
@@ -75,12 +95,19 @@ def recipe(config: Recipe, world: World) -> None:
         ways["stream"] = model.encoder.stream_mask(chunking)
 
     data, dev = make_data(config, tokenizer.encode, world)
+    teach = make_teacher(config.teacher, world) if config.teacher is not None else None
 
     def loss_step(model, batch, generator, step):
         feats, lengths = frontend(batch.waves, batch.wave_lengths)
         if config.specaug is not None:
             feats = spec_augment(feats, lengths, config.specaug, generator, config.frontend.lfr_m)
-        return ctc_model_loss(model, feats, lengths, batch.tokens, batch.token_lengths)
+        out = model(feats, lengths)
+        terms = ctc_output_loss(model, out, batch.tokens, batch.token_lengths)
+        if teach is None:
+            return terms
+        distance = feature_distance(out.encoder_out, teach(batch.waves, batch.wave_lengths), out.lengths)
+        loss = terms["loss"] + config.teacher.weight * distance
+        return {**terms, "loss": loss, "loss_teacher": distance.detach()}
 
     def evaluate(model, feats, lengths, batch):
         terms = ctc_model_loss(model, feats, lengths, batch.tokens, batch.token_lengths)
@@ -99,6 +126,18 @@ def recipe(config: Recipe, world: World) -> None:
             f"{folder}/model", model, card, config.frontend, network, tokenizer, config.decoding, folder
         )
         say(world, f"model folder: {out}")
+
+
+def make_teacher(section: TeacherSection, world: World) -> Callable[[Tensor, Tensor], Tensor]:
+    """Waves (B, N) and their lengths (B,) to the encoder output (B, T, D) of the teacher."""
+    parts = load_parts(resolve(section.model))
+    network, frontend = parts.network.to(world.device), parts.frontend.to(world.device)
+
+    @torch.no_grad()
+    def encode(waves: Tensor, lengths: Tensor) -> Tensor:
+        return network.encode(*frontend(waves, lengths))[0]
+
+    return encode
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The frontend against Kaldi, Whisper and itself: batches equal singles, streams equal files."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import librosa
 import numpy as np
@@ -11,13 +11,12 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nar_speech.cmvn import read_json_cmvn, read_kaldi_cmvn
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.features import (
     Frontend,
     FrontendConfig,
     build_frontend,
-    read_json_cmvn,
-    read_kaldi_cmvn,
     select_streams,
     slaney_mel_matrix,
     stack_frames,
@@ -27,6 +26,7 @@ FUNASR = FrontendConfig(window="hamming", lfr_m=7, lfr_n=6)
 SMALL = FrontendConfig(window="hamming", num_mels=40, lfr_m=5, lfr_n=4)
 WENET = FrontendConfig()
 WHISPER = FrontendConfig(kind="log_mel")
+WHISPER_STREAM = FrontendConfig(kind="log_mel", peak=1.0)
 NEMO = FrontendConfig(kind="nemo", fft_size=512)
 NEMO_OFFLINE = FrontendConfig(kind="nemo", num_mels=64, frame_ms=20.0, normalize="per_feature")
 ODD = FrontendConfig(kind="nemo", num_mels=20, frame_ms=20.0625, fft_size=601, window="hamming", low_hz=50.0)
@@ -89,6 +89,16 @@ def test_whisper_log_mel_equals_the_definition_with_zeros_after_the_clip(samples
     torch.testing.assert_close(single(frontend, wave), want, atol=1e-4, rtol=1e-4)
 
 
+def test_a_fixed_peak_gives_whisper_features_of_clips_that_reach_it():
+    wave = torch.cat([torch.zeros(400), speech(4000, level=0.02)])
+    whole, counts = Frontend(WHISPER)(wave[None], torch.tensor([len(wave)]))
+    peak = whole[0, : counts[0]].max().item() * 4.0 - 4.0
+    fixed = single(Frontend(replace(WHISPER, peak=peak)), wave)
+    torch.testing.assert_close(fixed, whole[0], atol=1e-5, rtol=1e-5)
+    louder = single(Frontend(replace(WHISPER, peak=peak + 4.0)), wave)
+    assert louder.min().item() == pytest.approx((peak + 4.0 - 8.0 + 4.0) / 4.0)
+
+
 @pytest.mark.parametrize("config", [NEMO, NEMO_OFFLINE, ODD], ids=["streaming", "offline", "odd"])
 @given(samples=st.integers(0, 4000))
 @settings(max_examples=25, deadline=None)
@@ -127,8 +137,8 @@ def test_slaney_filters_equal_librosa(mels, fft, rate):
 
 @pytest.mark.parametrize(
     "config",
-    [FUNASR, SMALL, WENET, WHISPER, NEMO, NEMO_OFFLINE],
-    ids=["funasr", "small", "wenet", "whisper", "nemo", "nemo_offline"],
+    [FUNASR, SMALL, WENET, WHISPER, WHISPER_STREAM, NEMO, NEMO_OFFLINE],
+    ids=["funasr", "small", "wenet", "whisper", "whisper_stream", "nemo", "nemo_offline"],
 )
 @given(lengths=st.lists(st.integers(0, 6000), min_size=1, max_size=5), data=st.data())
 @settings(max_examples=25, deadline=None)
@@ -176,7 +186,14 @@ def cut(length, sizes):
 sizes = st.lists(st.integers(0, 1500), min_size=1, max_size=6).filter(lambda s: sum(s) > 200)
 
 
-STREAMS = {"funasr": FUNASR, "small": SMALL, "wenet": WENET, "nemo": NEMO, "odd": ODD}
+STREAMS = {
+    "funasr": FUNASR,
+    "small": SMALL,
+    "wenet": WENET,
+    "nemo": NEMO,
+    "odd": ODD,
+    "whisper": WHISPER_STREAM,
+}
 
 
 @pytest.mark.parametrize("config", STREAMS.values(), ids=STREAMS)
@@ -200,7 +217,7 @@ def test_a_stream_equals_the_file_for_every_chunking(config, length, sizes):
 @given(lengths=st.lists(st.integers(0, 5000), min_size=2, max_size=4), data=st.data())
 @settings(max_examples=25, deadline=None)
 def test_streams_of_a_batch_begin_and_end_on_their_own(lengths, data):
-    frontend = Frontend(data.draw(st.sampled_from([SMALL, NEMO])))
+    frontend = Frontend(data.draw(st.sampled_from([SMALL, NEMO, WHISPER_STREAM])))
     waves = [speech(n, seed=row) for row, n in enumerate(lengths)]
     edges = [cut(n, data.draw(sizes)) for n in lengths]
     outputs = [[] for _ in lengths]
@@ -315,6 +332,8 @@ def test_what_needs_the_whole_utterance_can_not_stream(config):
         ({"kind": "log_mel", "window": "povey"}, "log_mel uses hann"),
         ({"kind": "log_mel", "dither": 1.0}, "dither"),
         ({"dither": -1.0}, "dither"),
+        ({"peak": 1.0}, "only kind log_mel"),
+        ({"kind": "log_mel", "peak": 11.0}, "peak"),
         ({"fft_size": 512}, "only kind nemo"),
         ({"normalize": "per_feature"}, "only kind nemo"),
         ({"kind": "nemo", "fft_size": 399}, "fft_size: got 399"),

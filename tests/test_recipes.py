@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nar_speech import config as configs
+from nar_speech.cmvn import read_json_cmvn
 from nar_speech.data import DataConfig, EvalData
 from nar_speech.errors import CheckpointError, ConfigError
-from nar_speech.features import Frontend, FrontendConfig, read_json_cmvn
+from nar_speech.features import Frontend, FrontendConfig
 from nar_speech.model_folder import read_model_file
 from nar_speech.models.ctc import CtcConfig, CtcModel
 from nar_speech.models.paraformer import ParaformerConfig, build_paraformer

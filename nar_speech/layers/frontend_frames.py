@@ -1,7 +1,7 @@
 """Features of audio that comes in steps of fixed size, with fixed shapes, for encoders fed in chunks.
 
-Frames are those of ``Frontend.forward``: Kaldi's, which begin with the stream, or NeMo's, which are centred,
-so that the first one begins before it. (Stacked frames: :mod:`nar_speech.layers.frontend_stream`.)
+Frames are those of ``Frontend.forward``: Kaldi's, which begin with the stream, or NeMo's and Whisper's, which
+are centred, so that the first one begins before it. Stacked frames: :mod:`nar_speech.layers.frontend_stream`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class FrameFrontend:
     """Audio steps to steps of frames.
 
     Args:
-        frontend: kind ``fbank`` without stacking, or ``nemo`` without normalisation.
+        frontend: kind ``fbank`` without stacking, ``nemo`` without normalisation, or ``log_mel`` with a fixed
+            ``peak``.
         first_frames, later_frames: that a stream's first step and every other one give.
 
     Attributes:
@@ -49,16 +50,18 @@ class FrameFrontend:
 
     def __init__(self, frontend: Frontend, first_frames: int, later_frames: int):
         config = frontend.config
-        if config.lfr_m != 1 or config.kind == "log_mel" or config.normalize != "none":
+        whole = config.normalize != "none" or (config.kind == "log_mel" and config.peak is None)
+        if config.lfr_m != 1 or whole:
             raise ConfigError(
-                "frontend: a stream of frames needs kind fbank or nemo without normalize, and lfr_m, lfr_n 1"
+                "frontend: a stream of frames needs kind fbank, nemo without normalize or log_mel with peak,"
+                " and lfr_m, lfr_n 1"
             )
         if frontend.frame < frontend.shift:
             raise ConfigError("frontend: a stream of frames needs frames at least as long as the hop")
-        self.frontend, self.centred = frontend, config.kind == "nemo"
+        self.frontend, self.centred = frontend, frontend.centred
         self.scale = 1.0 if self.centred else INT16_SCALE
         self.lead = frontend.lead if self.centred else 0
-        self.size = frontend.frame + (1 if self.centred else 0)  # samples that a frame is made of
+        self.size = frontend.span  # samples that a frame is made of
         self.frames, self.feature_size = max(first_frames, later_frames), frontend.feature_size
         self.first = (first_frames - 1) * frontend.shift + self.size - self.lead
         self.later = later_frames * frontend.shift

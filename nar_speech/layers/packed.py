@@ -137,9 +137,14 @@ class WindowProduct(nn.Module):
         self.linear.bias = nn.Parameter(conv.bias.detach(), False)
         self.train(conv.training)
 
-    def forward(self, x: Tensor, product: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-        """(B, T, C) -> (B, T', D): ``product`` (:func:`linear_gelu`) of the layer and its (B, T', K C)."""
-        x = F.pad(x, (0, 0, self.padding, self.padding)).contiguous()
+    def forward(
+        self, x: Tensor, product: Callable[[nn.Module, Tensor], Tensor], padded: bool = True
+    ) -> Tensor:
+        """(B, T, C) -> (B, T', D): ``product`` (:func:`linear_gelu`) of the layer and its (B, T', K C).
+
+        ``padded``: whether to pad; a step of a stream brings what is beside it.
+        """
+        x = (F.pad(x, (0, 0, self.padding, self.padding)) if padded else x).contiguous()
         batch, frames, channels = x.shape
         count = (frames - self.kernel) // self.stride + 1
         strides = (frames * channels, self.stride * channels, 1)

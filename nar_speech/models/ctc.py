@@ -292,21 +292,28 @@ def attention_loss(
 def ctc_model_loss(
     model: CtcModel, feats: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, **options: Any
 ) -> dict[str, Tensor]:
+    """Training loss of a batch: :func:`ctc_output_loss` of what the model makes of ``feats`` (B, T, F).
+
+    ``lengths`` (B,) int64; ``options``: of the encoder.
+    """
+    return ctc_output_loss(model, model(feats, lengths, **options), tokens, token_lengths)
+
+
+def ctc_output_loss(
+    model: CtcModel, out: CtcOutput, tokens: Tensor, token_lengths: Tensor
+) -> dict[str, Tensor]:
     """Training loss of a batch.
 
     Args:
-        feats: (B, T, F) features.
-        lengths: (B,) int64.
+        out: what ``model`` gives for it.
         tokens: (B, U) ids, padded with -1.
         token_lengths: (B,) int64.
-        options: of the encoder.
 
     Returns:
         ``loss`` (float32 scalar with gradient) and its detached parts: ``loss_ctc`` of the last layer,
         ``loss_interctc`` (mean of the intermediate ones), ``loss_att``.
     """
     c = model.config
-    out = model(feats, lengths, **options)
 
     def ctc(log_probs: Tensor) -> Tensor:
         return ctc_loss(log_probs, out.lengths, tokens, token_lengths, c.blank, c.ctc_reduction)

@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from nar_speech.checkpoint import SkipInit, load_strict, read_weights
+from nar_speech.cmvn import read_json_cmvn
 from nar_speech.config import from_dict, read_yaml
 from nar_speech.errors import CheckpointError, ConfigError
-from nar_speech.features import Frontend, FrontendConfig, read_json_cmvn
+from nar_speech.features import Frontend, FrontendConfig
 from nar_speech.layers.conformer import ConformerEncoderConfig
 from nar_speech.models.ctc import CtcConfig, CtcModel
 from nar_speech.models.ctc_decoder import AttentionDecoderConfig

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from nar_speech.cmvn import read_kaldi_cmvn
 from nar_speech.config import read_yaml
 from nar_speech.errors import CheckpointError, ConfigError
-from nar_speech.features import Frontend, FrontendConfig, read_kaldi_cmvn
+from nar_speech.features import Frontend, FrontendConfig
 from nar_speech.text.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from nar_speech.types import ModelCard
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nar_speech.features import Frontend, FrontendConfig, read_kaldi_cmvn, stack_frames
+from nar_speech.cmvn import read_kaldi_cmvn
+from nar_speech.features import Frontend, FrontendConfig, stack_frames
 from nar_speech.models.funasr import KALDI_WINDOWS
 from nar_speech.text.postprocess import (
     rich_transcription_postprocess,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nar_speech.features import Frontend, read_kaldi_cmvn
+from nar_speech.cmvn import read_kaldi_cmvn
+from nar_speech.features import Frontend
 from nar_speech.layers.cif import prefix_track
 from nar_speech.layers.cif_stream import step_cif, window_alphas
 from nar_speech.layers.sanm_stream import (

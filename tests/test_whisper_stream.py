@@ -152,7 +152,7 @@ def test_audio_in_steps_gives_the_tokens_of_the_whole_recording(lengths, late):
     waves = [0.1 * torch.randn(length, generator=generator) for length in lengths]
 
     def step(audio, counts, state, final):
-        frames, state = stream.step(audio.nan_to_num(0.0), counts, state, final)
+        frames, state = stream.step(audio.nan_to_num(0.0), counts, final, state)
         return frames.symbols, frames.counts, state
 
     got, _ = drive(step, stream.init_state(len(waves)), waves, stream.first, stream.chunk, late=late)

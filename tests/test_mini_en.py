@@ -505,7 +505,17 @@ def test_results_tables(local, tmp_path):
     steps = [{"step": n, "seconds": 2.0 * n, "audio_per_second": 30.0, "loss": 1.0} for n in (1, 2)]
     dev = {"step": 2, "dev": {"loss": 9.0, "wer": 0.5, "ctc_wer": 0.25}}
     local.common.write_jsonl(tmp_path / "exp" / "joint" / "train.jsonl", [*steps, dev])
+    local.common.write_jsonl(
+        tmp_path / "exp" / "stream" / "train.jsonl", [*steps, {"step": 2, "dev": {"loss": 9.0, "wer": 0.375}}]
+    )
+    (tmp_path / "scores_stream").mkdir()
+    for decoder in local.score.STREAM_DECODERS:
+        score = json.dumps({"wer": {**wer, "rate": 0.4321}, "real_time_factor": 0.01})
+        (tmp_path / "scores_stream" / f"all.{decoder}.json").write_text(score)
     text = local.results.report(Namespace(work=tmp_path))
+    assert "| 43.2 (10.0 to 15.0) | 43.2 (10.0 to 15.0) | 43.2 (10.0 to 15.0) |\n" in text
+    assert "`stream`: 2 steps" in text
+    assert "| 2 | 9.00 | 37.5% |\n" in text
     assert "| 917 | 12.3 (10.0 to 15.0) | 12.3 (10.0 to 15.0) | 12.3 (10.0 to 15.0) |" in text
     assert "| train | fsdd | 7 | 1.50 | 2 |" in text
     assert "3.00 h an epoch" in text
@@ -549,12 +559,11 @@ def test_run_sh_refuses_wrong_options(words, message):
 
 def test_run_sh_skips_finished_parts(tmp_path):
     (tmp_path / "done").mkdir()
-    (tmp_path / "done" / "4-language_model").touch()
-    (tmp_path / "done" / "4-export").touch()
-    (tmp_path / "done" / "5-scores").touch()
+    for part in ("4-language_model", "4-export", "4-stream", "5-scores", "5-stream_scores"):
+        (tmp_path / "done" / part).touch()
     found = run_sh("--stage", "4", "--stop-stage", "5", "--work", str(tmp_path), "--python", "false")
     assert found.returncode == 0
-    assert found.stdout.count("done before") == 3
+    assert found.stdout.count("done before") == 5
 
 
 def test_a_failing_part_leaves_no_marker(tmp_path):

@@ -20,6 +20,7 @@ vocab_size=500
 heads_minutes=15
 train_minutes=135
 decoder_minutes=15
+stream_minutes=75
 verifier_size=24000
 processes=2
 filter_model="$repo/nar_speech/assets/mini_en"
@@ -39,7 +40,7 @@ Trains the small English recogniser (Whisper tiny.en encoder, CTC, Paraformer, v
 A stage that is finished is skipped; remove its marker in WORK/done to run it again.
 
   0 recordings and evaluation sets   1 synthetic speech   2 Whisper: weights, transcripts, pruned vocabulary; manifests
-  3 training   4 language model, export   5 scores        6 RESULTS.md, embedding
+  3 training   4 language model, export, streaming twin   5 scores   6 RESULTS.md, embedding
 
   --stage N          first stage (default $stage)
   --stop-stage N     last stage (default $stop_stage)
@@ -58,6 +59,7 @@ A stage that is finished is skipped; remove its marker in WORK/done to run it ag
   --heads-minutes M  wall time of the first phase: branch and CTC head (default $heads_minutes)
   --train-minutes M  of the second phase: encoder, CTC and verifier (default $train_minutes)
   --decoder-minutes M  of the third phase: predictor and decoder (default $decoder_minutes)
+  --stream-minutes M   of the streaming twin, after the export of its teacher (default $stream_minutes, 0: no twin)
   --verifier-size N  pieces of the verifier's vocabulary (default $verifier_size)
   --processes N      training processes of one thread each (default $processes)
   --filter-model DIR model folder with a CTC head; stage 2 drops the speechocean762 clips whose transcript it
@@ -69,7 +71,7 @@ A stage that is finished is skipped; remove its marker in WORK/done to run it ag
   --name NAME        of the model (default $name)
   --embed            stage 6 copies the model folder to nar_speech/assets/NAME
   --seed N           of sentences, voices and training (default $seed)
-  -- key=value ...   passed to recipes/draft_verify.py
+  -- key=value ...   passed to the recipes of stage 3, recipes/draft_verify.py
 END
 }
 
@@ -85,7 +87,7 @@ while [ $# -gt 0 ]; do
     --embed) embed=true && shift && continue ;;
     --) shift && extra=("$@") && break ;;
     --stage | --stop-stage | --work | --python | --shared-data | --github | --jobs | --hours-piper | --hours-flite | \
-      --hours-kokoro | --vocab-size | --heads-minutes | --train-minutes | --decoder-minutes | --verifier-size | --processes | --filter-model | --filter-score | --books | --pack | --pack-mib | --name | --seed) ;;
+      --hours-kokoro | --vocab-size | --heads-minutes | --train-minutes | --decoder-minutes | --stream-minutes | --verifier-size | --processes | --filter-model | --filter-score | --books | --pack | --pack-mib | --name | --seed) ;;
     *) fail "unknown option $option; --help lists them" ;;
   esac
   [ $# -ge 2 ] || fail "$option needs a value"
@@ -96,7 +98,7 @@ done
 for number in stage stop_stage jobs books pack_mib processes vocab_size verifier_size seed; do
   [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number//_/-} must be a whole number, got '${!number}'"
 done
-for number in hours_piper hours_flite hours_kokoro heads_minutes train_minutes decoder_minutes; do
+for number in hours_piper hours_flite hours_kokoro heads_minutes train_minutes decoder_minutes stream_minutes; do
   [[ ${!number} =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--${number//_/-} must be a number, got '${!number}'"
 done
 if [ -n "$shared_data" ] && [ ! -d "$shared_data" ]; then fail "--shared-data: no folder $shared_data"; fi
@@ -228,12 +230,35 @@ export_model() {
       --prior-cuts "$work/cuts/train.jsonl.gz" --write
   fi
 }
+# Encoder and CTC head of the model, taught by it to hear in chunks.
+stream() {
+  local noise=() run="$work/exp/joint"
+  if [ -e "$work/cuts/noise.jsonl.gz" ]; then noise=("augment.noise=$work/cuts/noise.jsonl.gz"); fi
+  local settings=(
+    "$repo/configs/ctc/mini_en_stream.yaml" "train.output_dir=$work/exp/stream" "train.max_minutes=$stream_minutes"
+    train.threads=1 "train.seed=$seed" "data.train=[$work/cuts/train.jsonl.gz]" "data.dev=[$work/cuts/dev.jsonl.gz]"
+    "tokenizer.file=$work/bpe.model" "init.init_from=$run/final.safetensors"
+    'init.prefix={"encoder.": "encoder.", "ctc.": "ctc."}' "teacher.model=$work/model" "${noise[@]}"
+  )
+  (cd "$repo" && "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m recipes.ctc \
+    "${settings[@]}") 2>&1 | tee -a "$work/log/train_stream.log"
+  py export_stream --run "$work/exp/stream" --teacher "$work/model" --name "${name}_stream" --out "$work/stream_model"
+  if [ -e "$work/lm_stream.safetensors" ]; then
+    py tune_lm --model "$work/stream_model" --lm "$work/lm_stream.safetensors" --cuts "$work/cuts/dev.jsonl.gz" \
+      --prior-cuts "$work/cuts/train.jsonl.gz" --write
+  fi
+}
 # The beam's word 3-gram; without books there is no text to make one of.
 language_model() {
   if [ "$books" = 0 ]; then return 0; fi
   py make_lm --work "$work" --out "$work/lm.safetensors"
+  py make_lm --work "$work" --out "$work/lm_stream.safetensors" --entropy 9e-7 --limit 1.5
 }
 scores() { py score --work "$work" --model "$work/model"; }
+stream_scores() {
+  py score --work "$work" --model "$work/stream_model" --scores scores_stream \
+    --decoders ctc_greedy ctc_beam ctc_beam_lm
+}
 results() {
   local flags=()
   if $embed; then flags=(--embed "$repo/nar_speech/assets/$name"); fi
@@ -257,6 +282,8 @@ part 3 joint joint
 part 3 decoder decoder
 part 4 language_model language_model
 part 4 export export_model
+if [ "$stream_minutes" != 0 ]; then part 4 stream stream; fi
 part 5 scores scores
+if [ "$stream_minutes" != 0 ]; then part 5 stream_scores stream_scores; fi
 # Always made anew: it only reads what the other stages wrote.
 if [ "$stage" -le 6 ] && [ "$stop_stage" -ge 6 ]; then results; fi

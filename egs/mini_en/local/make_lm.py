@@ -29,7 +29,6 @@ TRANSCRIPTS = {  # times each real transcript, by source; others are not taken
     "librispeech251": 2,
     "dctts_reader": 2,
 }
-LIMIT = 6_000_000  # bytes of the embedded model
 
 
 def repeated(work: Path) -> list[str]:
@@ -57,6 +56,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=50000)
     parser.add_argument("--prune", type=int, nargs="+", default=[0, 1, 2], help="count cut-offs")
     parser.add_argument("--entropy", type=float, default=2.1e-7, help="entropy pruning")
+    parser.add_argument("--limit", type=float, default=6.0, help="largest size in MB")
     args = parser.parse_args()
     if not (args.work / "real").is_dir():
         parser.error(f"--work {args.work}: has no real/; run stage 0 first")
@@ -74,8 +74,8 @@ def main() -> None:
     dev = [cut.supervisions[0].text for cut in CutSet.from_file(args.work / "cuts" / "dev.jsonl.gz")]
     found = NgramModel.load(args.out).perplexity(dev)
     print(json.dumps({"dev_perplexity": found.value, "unknown": found.unknown, "words": found.words}))
-    if size > LIMIT:
-        raise SystemExit(f"{args.out}: more than {LIMIT / 1e6:.0f} MB; raise --entropy")
+    if size > args.limit * 1e6:
+        raise SystemExit(f"{args.out}: more than {args.limit:g} MB; raise --entropy")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Stage 5: error rates of a model folder on every evaluation set with each way to decode it.
 
-    python score.py --work work --model work/model [--dtype float32]
+    python score.py --work work --model work/model [--dtype float32] [--scores scores] [--decoders ...]
 
 Recognises work/eval/all.jsonl once in each way, as `nar-speech evaluate` does, and writes for each set
-work/scores/<set>.<decoder>.json and .txt (every utterance with its errors). Besides the sets: fluent
+work/SCORES/<set>.<decoder>.json and .txt (every utterance with its errors). Besides the sets: fluent
 (librispeech_other, vctk, jfk) and all.
 """
 
@@ -29,6 +29,7 @@ DECODERS = {
     "lm_3_passes": {"decoder": "ctc_beam", "verify": True, "max_passes": 3},
     "verified": {"decoder": "ctc_beam", "verify": True},
 }
+STREAM_DECODERS = ("ctc_greedy", "ctc_beam", "ctc_beam_lm")  # of the streaming twin
 POOLS = {"fluent": ("librispeech_other", "vctk", "jfk"), "all": ()}
 
 
@@ -61,12 +62,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--scores", default="scores", help="folder in --work")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=list(DECODERS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    folder = args.work / "scores"
+    folder = args.work / args.scores
     folder.mkdir(parents=True, exist_ok=True)
     sets = pools(args.work / "eval")
     for decoder in args.decoders:

@@ -27,6 +27,8 @@ from nar_speech.errors import NarSpeechError
 from nar_speech.hub import load_model
 from nar_speech.metrics import char_error_rate, word_error_rate
 from nar_speech.model_folder import DecodingConfig, change_model_decoding
+from nar_speech.models.ctc import CtcModel
+from nar_speech.models.paraformer import Paraformer
 from nar_speech.pipelines.language_model import PRIOR_NAME
 from nar_speech.pipelines.recognize import LM_CANDIDATES, LM_FLOOR, Recognizer
 from nar_speech.search.ctc import greedy, prefix_beam
@@ -65,9 +67,16 @@ def run_network(recognizer: Recognizer, cuts: list, normalize) -> list[Batch]:
         waves = [cut.resample(recognizer.sample_rate).load_audio()[0] for cut in part]
         feats, lengths = recognizer.features(waves)
         encoded, lengths = recognizer.network.encode(feats, lengths)
-        log_probs = recognizer.network.ctc_logits(encoded).float().log_softmax(-1)
+        log_probs = ctc_log_probs(recognizer.network, encoded)
         batches.append(Batch(log_probs, lengths, [normalize(cut.supervisions[0].text) for cut in part]))
     return batches
+
+
+def ctc_log_probs(network: CtcModel | Paraformer, encoded: Tensor) -> Tensor:
+    """(B, T, V) of encoder output (B, T, D)."""
+    if isinstance(network, CtcModel):
+        return network.ctc(encoded)
+    return network.ctc_logits(encoded).float().log_softmax(-1)
 
 
 def estimate_prior(batches: list[Batch]) -> Tensor:

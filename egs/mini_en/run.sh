@@ -252,7 +252,7 @@ stream() {
 language_model() {
   if [ "$books" = 0 ]; then return 0; fi
   py make_lm --work "$work" --out "$work/lm.safetensors"
-  py make_lm --work "$work" --out "$work/lm_stream.safetensors" --entropy 9e-7 --limit 1.5
+  py make_lm --work "$work" --out "$work/lm_stream.safetensors" --vocab 30000 --entropy 1.8e-6 --limit 1.6
 }
 scores() { py score --work "$work" --model "$work/model"; }
 stream_scores() {

@@ -22,7 +22,8 @@ from nar_speech.engine import (
     SpeechStarted,
     SpeechStopped,
 )
-from nar_speech.engine.asr import SpeechModel, TokenHearing, can_stream, load_stream
+from nar_speech.engine.asr import SpeechModel, can_stream, load_stream
+from nar_speech.engine.asr_hearing import TokenHearing
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.model_folder import StreamConfig, read_model_file, write_model_folder
 from nar_speech.models.ctc_stream import CtcStream

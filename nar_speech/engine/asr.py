@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nar_speech.engine.asr_hearing import CtcHearing, Hearing, TokenHearing, TokenStep
 from nar_speech.engine.endpoint import EndpointRules
 from nar_speech.engine.events import Event, Final, Partial
 from nar_speech.engine.model import Control, EndUtterance, SecondPass, SessionOptions, StreamModel
 from nar_speech.engine.partials import StablePrefix
 from nar_speech.engine.speech import WithVad
-from nar_speech.errors import ConfigError, InputError
+from nar_speech.errors import ConfigError
 from nar_speech.hub import LoadedModel
 from nar_speech.layers.chunks import Chunking
+from nar_speech.layers.packed import pack_linear_layers
 from nar_speech.layers.silero import SAMPLE_RATE, SileroVad
 from nar_speech.models.ctc import CtcModel
 from nar_speech.models.ctc_stream import CtcStream
-from nar_speech.models.paraformer import EOS, Paraformer
+from nar_speech.models.paraformer import Paraformer
 from nar_speech.models.paraformer_stream import ParaformerStream
-from nar_speech.pipelines.recognize import make_bias, tidy
+from nar_speech.pipelines.language_model import LanguageModels
+from nar_speech.pipelines.recognize import LM_CANDIDATES, make_bias
 from nar_speech.pipelines.transcribe import pick_device, pick_dtype, resolve_dtype
 from nar_speech.search.context import ContextGraph
-from nar_speech.search.ctc import token_borders
-from nar_speech.search.ctc_stream import BeamStream, GreedyStream
+from nar_speech.search.prefix_beam import Scorer
+from nar_speech.search.prior import divide_by_prior
 from nar_speech.text.tokenizer import Tokenizer
 from nar_speech.types import Token, Word
 
@@ -37,121 +40,10 @@ logger = logging.getLogger(__name__)
 KNOWN = ("endpoint", "language", "hotwords", "second_pass")  # settings of a session
 ROOM_CHUNKS = 4  # before a chunk, where the encoder could see all
 CANDIDATES = 8  # symbols of each CTC frame that are read back, for hotwords
-BEAM, BEAM_MARGIN, HOTWORD_SCORE = 8, 12.0, 3.0
+HOTWORD_SCORE = 3.0
 LEAD = 3.0  # seconds before the first token that a second pass hears too
 LONG, LONGEST = 30.0, 60.0  # seconds: an utterance that nobody ends is ended at a pause, then anywhere
 PAUSE = 0.5  # seconds since the last token
-TOKEN_SECONDS = 0.6  # a token of a Paraformer is not longer; what is left is silence
-
-
-@dataclass(frozen=True)
-class Heard:
-    """Token ids of an utterance so far, start and end of each in seconds of it, and probabilities."""
-
-    ids: tuple[int, ...] = ()
-    starts: tuple[float, ...] = ()
-    ends: tuple[float, ...] = ()
-    confidences: tuple[float, ...] = ()
-
-
-class Hearing(Protocol):
-    """Collects the tokens of one utterance. ``agreement``: hypotheses that must agree to be promised."""
-
-    agreement: int
-
-    def push(self, row: Mapping[str, np.ndarray]) -> None:
-        """Take in one step of this stream."""
-
-    def heard(self, seconds: float, final: bool) -> Heard:
-        """What was heard in ``seconds``."""
-
-    def export(self) -> dict[str, Any]:
-        """Plain data."""
-
-    def restore(self, data: dict[str, Any]) -> None:
-        """Take over what :meth:`export` gave."""
-
-
-class CtcHearing:
-    """Greedy search, or a beam where ``graph`` favours words."""
-
-    def __init__(self, blank: int, frame_seconds: float, graph: ContextGraph | None):
-        self.frame_seconds, self.beam = frame_seconds, graph is not None
-        self.agreement = 2 if self.beam else 1
-        self.search: Any = GreedyStream(blank)
-        if self.beam:
-            self.search = BeamStream(BEAM, blank, graph, blank_skip=0.99, margin=BEAM_MARGIN)
-
-    def push(self, row: Mapping[str, np.ndarray]) -> None:
-        """See :class:`nar_speech.models.ctc_stream.CtcFrames`."""
-        count = int(row["counts"])
-        more = (row["blanks"][:count],) if self.beam else ()
-        self.search.push(row["values"][:count], row["symbols"][:count], *more)
-
-    def heard(self, seconds: float, final: bool) -> Heard:
-        """Times from the frames of the best path."""
-        if final:
-            self.search.finish()
-        found = self.search.hypothesis(final) if self.beam else self.search.hypothesis()
-        borders = token_borders(found.times, seconds, self.frame_seconds) if found.tokens else []
-        starts, ends = tidy([a for a, _ in borders], [b for _, b in borders], seconds)
-        return Heard(found.tokens, starts, ends, found.confidences)
-
-    def export(self) -> dict[str, Any]:
-        """Plain data."""
-        return self.search.export()
-
-    def restore(self, data: dict[str, Any]) -> None:
-        """Take over what :meth:`export` gave."""
-        self.search.restore(data)
-
-
-class TokenHearing:
-    """Tokens that the network has decided; none ever changes."""
-
-    agreement = 1
-
-    def __init__(self, frame_seconds: float):
-        self.frame_seconds = frame_seconds
-        self.ids: list[int] = []
-        self.frames: list[int] = []
-        self.sure: list[float] = []
-
-    def push(self, row: Mapping[str, np.ndarray]) -> None:
-        """See :class:`TokenStep`."""
-        count = int(row["counts"])
-        kept = [u for u, token in enumerate(row["ids"][:count].tolist()) if token > EOS]
-        for own, name in ((self.ids, "ids"), (self.frames, "frames"), (self.sure, "sure")):
-            own += row[name][kept].tolist()
-
-    def heard(self, seconds: float, final: bool) -> Heard:
-        """A token ends in the frame in which it fired and begins where the one before it ended."""
-        ends = [(frame + 1) * self.frame_seconds for frame in self.frames]
-        starts = [max(before, end - TOKEN_SECONDS) for before, end in zip([0.0, *ends], ends, strict=False)]
-        starts, ends = tidy(starts, ends, seconds)
-        return Heard(tuple(self.ids), starts, ends, tuple(self.sure))
-
-    def export(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"ids": self.ids, "frames": self.frames, "sure": self.sure}
-
-    def restore(self, data: dict[str, Any]) -> None:
-        """Take over what :meth:`export` gave."""
-        try:
-            self.ids, self.frames = ([int(i) for i in data[name]] for name in ("ids", "frames"))
-            self.sure = [float(p) for p in data["sure"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError("tokens: damaged state; begin a new utterance") from error
-
-
-@dataclass(frozen=True)
-class TokenStep:
-    """Tokens of a step: ids, frames (B, U) int64, sure (B, U) float32 probabilities, counts (B,) int64."""
-
-    ids: Tensor
-    frames: Tensor
-    sure: Tensor
-    counts: Tensor
 
 
 class SpeechModel:
@@ -162,10 +54,17 @@ class SpeechModel:
 
     Args:
         stream: audio to candidates or tokens.
+        lm: language model of a CTC model's beam, with its weights.
     """
 
-    def __init__(self, stream: CtcStream | ParaformerStream, tokenizer: Tokenizer, name: str = ""):
-        self.stream, self.tokenizer = stream, tokenizer
+    def __init__(
+        self,
+        stream: CtcStream | ParaformerStream,
+        tokenizer: Tokenizer,
+        name: str = "",
+        lm: Scorer | None = None,
+    ):
+        self.stream, self.tokenizer, self.lm = stream, tokenizer, lm
         self.sample_rate, self.chunk = stream.sample_rate, stream.chunk
         self.first = getattr(stream, "first", stream.chunk)
         self.device = torch.device(stream.device)
@@ -188,7 +87,8 @@ class SpeechModel:
     def hearing(self, graph: ContextGraph | None) -> Hearing:
         """Of one utterance."""
         if self.ctc:
-            return CtcHearing(self.stream.network.config.blank, self.stream.frame_seconds, graph)
+            blank = self.stream.network.config.blank
+            return CtcHearing(blank, self.stream.frame_seconds, graph, self.lm)
         return TokenHearing(self.stream.frontend.frontend.frame_shift)
 
     def collector(self, options: SessionOptions) -> TextCollector:
@@ -365,6 +265,26 @@ def chunking_of(parts: LoadedModel, chunk_size: int | None = None, left: int | N
     return chunking
 
 
+def language_model(
+    parts: LoadedModel, device: torch.device
+) -> tuple[Scorer | None, Callable[[Tensor], Tensor] | None]:
+    """What a CTC model's beam follows, and what its label prior does to log probabilities (B, U, V).
+
+    None without a language model in the folder, or where the folder asks for greedy search.
+
+    Raises:
+        ConfigError: a bad file.
+    """
+    decoding = parts.decoding
+    if decoding.lm is None or decoding.decoder == "ctc_greedy":
+        return None, None
+    models = LanguageModels(parts.tokenizer)
+    prior = models.prior(decoding, parts.network.config.vocab_size)
+    if prior is None:
+        return models(decoding), None
+    return models(decoding), partial(divide_by_prior, prior=prior.to(device), weight=decoding.prior_weight)
+
+
 def load_stream(
     parts: LoadedModel,
     device: str = "auto",
@@ -384,11 +304,16 @@ def load_stream(
         raise ConfigError(f"model '{parts.card.name}': recognises files only, it can't hear live speech")
     place = pick_device(device)
     kind = resolve_dtype(dtype, place)
+    if dtype == "auto" and kind == "int8":  # of offline models
+        kind = "float32"
     if kind == "int8":
         raise ConfigError("dtype int8: streaming models compute in float32 or bfloat16")
     network = parts.network.to(place, pick_dtype(kind)).eval()
+    if place.type == "cpu":  # faster, and a row's bits do not depend on how many there are
+        network = pack_linear_layers(network)
     frontend = parts.frontend.to(place).eval()
     stream: CtcStream | ParaformerStream
+    lm = None
     if isinstance(network, Paraformer):
         if chunk_size is not None or left is not None:
             raise ConfigError(
@@ -397,10 +322,12 @@ def load_stream(
         stream = ParaformerStream(network, frontend)
     else:
         chunking = chunking_of(parts, chunk_size, left)
-        stream = CtcStream(network, frontend, chunking, min(CANDIDATES, network.config.vocab_size))
+        lm, adjust = language_model(parts, place)
+        candidates = min(CANDIDATES if lm is None else LM_CANDIDATES, network.config.vocab_size)
+        stream = CtcStream(network, frontend, chunking, candidates, adjust)
     if stream.sample_rate != SAMPLE_RATE:
         raise ConfigError(
             f"model '{parts.card.name}': hears {stream.sample_rate} Hz; live speech needs 16000"
         )
-    model = SpeechModel(stream, parts.tokenizer, parts.card.name)
+    model = SpeechModel(stream, parts.tokenizer, parts.card.name, lm)
     return WithVad(model, SileroVad.from_package(), EndpointRules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,7 @@ class CtcStream:
         frontend: that of the model.
         chunking: from ``network.chunking``; default: the model's own.
         candidates: C, symbols of each frame to give; 1 is enough for greedy search.
+        adjust: what is done to the log probabilities (B, U, V) of a step before they are chosen.
         options: of the network's ``step``, for example ``chunk_size`` where a step holds several chunks.
 
     Attributes:
@@ -79,13 +81,14 @@ class CtcStream:
         frontend: Frontend,
         chunking: Chunking | None = None,
         candidates: int = 1,
+        adjust: Callable[[Tensor], Tensor] | None = None,
         **options: Any,
     ):
         self.network, self.chunking = network, chunking or network.chunking()
         if self.chunking.left < 0:
             raise ConfigError("left: a stream of fixed shapes needs a limit; name a number of frames")
         self.frontend = FrameFrontend(frontend, self.chunking.first, self.chunking.later)
-        self.candidates, self.options = candidates, options
+        self.candidates, self.adjust, self.options = candidates, adjust, options
         self.sample_rate = frontend.config.sample_rate
         self.first, self.chunk = self.frontend.first, self.frontend.later
         self.frame_seconds = frontend.frame_shift * network.encoder.frame_stride
@@ -113,5 +116,6 @@ class CtcStream:
         feats, counts, frontend = self.frontend.step(audio, lengths, state.frontend, final)
         out, network = self.network.step(feats, counts, state.network, final, **self.options)
         blank = self.network.config.blank
-        frames = frame_candidates(out.log_probs, out.lengths, self.candidates, blank)
+        log_probs = out.log_probs if self.adjust is None else self.adjust(out.log_probs)
+        frames = frame_candidates(log_probs, out.lengths, self.candidates, blank)
         return frames, CtcAudioState(frontend, network)

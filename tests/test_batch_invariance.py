@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
-from benchmarks.batch_invariance import culprits
+from benchmarks.batch_invariance import culprits, random_paraformer
 from benchmarks.toy_models import ToyStream
 from nar_speech.engine.graphs import stable_sizes
 from nar_speech.layers.packed import pack_linear_layers
@@ -53,3 +54,11 @@ def test_the_packed_voice_activity_network_has_none():
     assert culprits(model) == []
     with torch.inference_mode():
         assert stable_sizes(model, (1, 2, 3, 4, 8)) == (1, 2, 3, 4, 8)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+def test_streaming_paraformer_has_none(tmp_path):
+    model = random_paraformer(tmp_path, 1)
+    assert culprits(model, sizes=(2, 4), steps=1) == []
+    with torch.inference_mode():
+        assert stable_sizes(model, (1, 2, 4, 8)) == (1, 2, 4, 8)

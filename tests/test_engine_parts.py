@@ -264,6 +264,23 @@ def test_reading_pristine_rows_begins_anew_except_for_what_is_carried():
     assert got.total.tolist() == [10, 12, 0]
 
 
+def test_memory_of_batches_can_be_used_again():
+    store = SlotStore(ToyStream(), capacity=4)
+    state = store.model.init_state(4)
+    state.frames.copy_(torch.arange(1, 5))
+    store.scatter(torch.tensor([2, 3, 4, 5]), state)
+    both = torch.tensor([3, 4])
+    first = store.gather(both, both, reuse=True)
+    assert first.frames.tolist() == [2, 3]
+    again = store.gather(torch.tensor([5]), both[:1], reuse=True)
+    assert again.frames.tolist() == [4]
+    assert again.frames.data_ptr() == first.frames.data_ptr()
+    more = torch.tensor([2, 3, 4])
+    assert store.gather(more, more, reuse=True).frames.tolist() == [1, 2, 3]
+    again.frames.fill_(9)
+    assert store.gather(more, more).frames.tolist() == [1, 2, 3]
+
+
 class SharedMemory(ToyStream):
     """Makes two fields of one tensor, and one of a single value."""
 

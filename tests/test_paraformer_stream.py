@@ -385,6 +385,25 @@ def test_chunks_of_cif_equal_the_loop(weights, large, official, rows, final):
     torch.testing.assert_close(new.hidden[0], mean.float(), atol=1e-4, rtol=1e-4)
 
 
+# ---- in place ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("look_back", [0, 1, 3])
+def test_steps_in_place_give_the_same(look_back):
+    model = build(chunk=(1, 4, 2), encoder_look_back=look_back, decoder_look_back=look_back)
+    feats, _ = ragged([30])
+    state, own = model.init_state(1), model.init_state(1)
+    for chunk, count, final in pieces(model, feats[0], 30, 2):
+        arguments = chunk[None], torch.tensor([count])
+        given = own.encoder.past
+        out, state = model.step(*arguments, state, torch.tensor([final]))
+        got, own = model.step(*arguments, own, torch.tensor([final]), in_place=True)
+        assert torch.equal(got.log_probs, out.log_probs)
+        assert own.encoder.past.data_ptr() == given.data_ptr()
+        for (name, a), (_, b) in zip(named_tensors(state), named_tensors(own), strict=True):
+            assert torch.equal(a, b), name
+
+
 # ---- precision ----------------------------------------------------------------------------------------
 
 

@@ -319,7 +319,7 @@ def load_stream(
             raise ConfigError(
                 f"chunk_size, left: model '{parts.card.name}' has them in network.stream; leave these out"
             )
-        stream = ParaformerStream(network, frontend)
+        stream = ParaformerStream(network, frontend, in_place=True)  # an engine gives it copies
     else:
         chunking = chunking_of(parts, chunk_size, left)
         lm, adjust = language_model(parts, place)

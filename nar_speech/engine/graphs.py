@@ -243,7 +243,7 @@ class Stepper:
 
     def _body(self, audio: Tensor, meta: Tensor) -> dict[str, Tensor]:
         """Gather, step, check, scatter; nothing in it waits for the device."""
-        states = self.store.gather(meta[ROWS], meta[CARRIED])
+        states = self.store.gather(meta[ROWS], meta[CARRIED], reuse=not self.cuda)
         output, new = self.model.step(audio, meta[LENGTHS], meta[FINAL] != 0, states)
         checked = (output, new) if self.check_state else (output,)
         outputs = readable(output)

@@ -75,7 +75,7 @@ class StreamModel(Protocol):
                 one has fewer, often 0, and follows audio of the same utterance or has some itself. So the
                 outcome of an utterance does not depend on when its end was made known.
             final: (B,) bool, whether the utterance ends here.
-            state: B rows; must not be changed in place.
+            state: B rows, a copy that is the step's own: it may overwrite and return it.
 
         Returns:
             a frozen dataclass of tensors (B, ...), small, which are read back to the host (bfloat16 as

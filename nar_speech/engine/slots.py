@@ -52,6 +52,8 @@ class SlotStore:
         self._carried = tuple(any(_is_part(name, c) for c in carried) for name in names)
         self._free = list(range(self.size + RESERVED - 1, RESERVED - 1, -1))
         self._generations = [0] * (self.size + RESERVED)
+        self._room: Any = None  # see gather
+        self._room_rows = 0
 
     @property
     def used(self) -> int:
@@ -84,19 +86,29 @@ class SlotStore:
         """Whether the slot is still in the same hands."""
         return self._generations[slot.row] == slot.generation
 
-    def gather(self, rows: Tensor, carried_rows: Tensor) -> Any:
+    def gather(self, rows: Tensor, carried_rows: Tensor, reuse: bool = False) -> Any:
         """A batch of states.
 
         Args:
             rows: (B,) int64; PRISTINE where a stream begins an utterance.
             carried_rows: (B,) int64 for the fields that outlive an utterance; PRISTINE where a stream begins.
+            reuse: the next such call overwrites what this one returns. On a CPU it takes longer to get
+                memory for large states from the system than to copy them.
         """
-        if not any(self._carried):
-            return states.gather(self.state, rows)
         flags = iter(self._carried)  # map_state and named_tensors go through a state in the same order
-        return states.map_state(
-            lambda tensor: tensor.index_select(0, carried_rows if next(flags) else rows), self.state
-        )
+        if not reuse:
+            return states.map_state(
+                lambda tensor: tensor.index_select(0, carried_rows if next(flags) else rows), self.state
+            )
+        count = len(rows)
+        if count > self._room_rows:
+            self._room = states.map_state(lambda t: t.new_empty(count, *t.shape[1:]), self.state)
+            self._room_rows = count
+
+        def pick(tensor: Tensor, room: Tensor) -> Tensor:
+            return torch.index_select(tensor, 0, carried_rows if next(flags) else rows, out=room[:count])
+
+        return states.map_state(pick, self.state, self._room)
 
     def scatter(self, rows: Tensor, batch: Any) -> None:
         """Write a batch back; only SCRATCH may occur more than once in ``rows`` (B,) int64."""

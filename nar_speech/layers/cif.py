@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from nar_speech.config import check_range
+from nar_speech.layers.packed import PackedLinear, WindowProduct, keep_float, linear_relu
 from nar_speech.layers.precision import no_autocast
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 FIRE_SLACK = 1e-4  # time stamps count a token as complete this much early, so rounding never loses one
 SNAP = 1e-6  # training: a prefix sum this close to the target length is the target length
+
+LANES = 32  # floats; elementwise functions of a CPU differ in the last bit where fewer are left over
 
 CifMode = Literal["overlap", "prefix", "sequential"]
 
@@ -228,26 +231,49 @@ class CifPredictorV2(nn.Module):
     def __init__(self, size: int, config: PredictorConfig | None = None):
         """``size``: width D of the encoder output."""
         super().__init__()
-        self.config = config or PredictorConfig()
+        self.config, self.size = config or PredictorConfig(), size
         kernel = self.config.l_order + self.config.r_order + 1
         self.cif_conv1d = nn.Conv1d(size, size, kernel, groups=size if self.depthwise else 1)
         self.cif_output = nn.Linear(size, 1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        layer = self.cif_output
+        return layer.dtype if isinstance(layer, PackedLinear) else layer.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        layer = self.cif_output
+        return torch.device("cpu") if isinstance(layer, PackedLinear) else layer.weight.device
+
+    def merge_projections(self) -> None:
+        """Make the convolution a product of windows, whose bits do not depend on the batch, for inference.
+
+        See :mod:`nar_speech.layers.packed`. It stays float32 where others become int8.
+        """
+        if not self.depthwise and not isinstance(self.cif_conv1d, WindowProduct):
+            self.cif_conv1d = WindowProduct(self.cif_conv1d)
+            keep_float(self.cif_conv1d.linear)
+
     def _context(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D) each frame with its neighbours."""
-        frames = F.pad(hidden, (0, 0, self.config.l_order, self.config.r_order)).transpose(1, 2)
-        return F.relu(self.cif_conv1d(frames)).transpose(1, 2)
+        frames = F.pad(hidden, (0, 0, self.config.l_order, self.config.r_order))
+        if isinstance(self.cif_conv1d, WindowProduct):
+            return self.cif_conv1d(frames, linear_relu)
+        return F.relu(self.cif_conv1d(frames.transpose(1, 2))).transpose(1, 2)
 
     def _weights(self, context: Tensor, lengths: Tensor) -> Tensor:
         """(B, T, D) -> weights (B, T) float32, zero past ``lengths``."""
-        alphas = self.cif_output(context).squeeze(-1).float().sigmoid()
+        alphas = _sigmoid(self.cif_output(context).squeeze(-1).float())
         alphas = F.relu(alphas * self.config.smooth_factor - self.config.noise_threshold)
         return alphas * _valid(lengths, alphas.shape[1])
 
     def alphas(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         """Weights (B, T) float32 of the frames (B, T, D), without scaling or tail."""
         with no_autocast(hidden):
-            return self._weights(self._context(hidden.to(self.cif_conv1d.weight.dtype)), lengths)
+            return self._weights(self._context(hidden.to(self.dtype)), lengths)
 
     def forward(
         self,
@@ -373,7 +399,7 @@ class CifPredictorV3(CifPredictorV2):
         """
         times = self.config.upsample_times
         with no_autocast(hidden):
-            hidden = hidden.to(self.cif_conv1d.weight.dtype)
+            hidden = hidden.to(self.dtype)
             context = self._context(hidden) if self.config.use_cif1_cnn else hidden
             fine = self.upsample_cnn(context.transpose(1, 2)).transpose(1, 2)
             fine_lengths = lengths * times
@@ -428,6 +454,11 @@ class CifPredictorV3(CifPredictorV2):
             fire_track(prefix_sums(frame_alphas), step, step),
             total,
         )
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """sigmoid of (B, T), each row computed as it would be alone."""
+    return F.pad(x, (0, -x.shape[1] % LANES)).sigmoid()[:, : x.shape[1]]
 
 
 def _valid(lengths: Tensor, size: int) -> Tensor:

@@ -53,9 +53,8 @@ class CifChunk:
 
 def init_cif(predictor: CifPredictorV2, batch: int, device: torch.device | str | None = None) -> CifState:
     """State of ``batch`` streams that have not begun; the device defaults to that of the weights."""
-    weight = predictor.cif_conv1d.weight
-    device = device or weight.device
-    return CifState(torch.zeros(batch, device=device), torch.zeros(batch, weight.shape[0], device=device))
+    device = device or predictor.device
+    return CifState(torch.zeros(batch, device=device), torch.zeros(batch, predictor.size, device=device))
 
 
 def most_tokens(predictor: CifPredictorV2, config: StreamConfig, rows: int) -> int:

@@ -18,6 +18,7 @@ def dot_product_attention(
     mask: Tensor | None = None,
     dropout: float = 0.0,
     coarse: bool = False,
+    few: bool = False,
 ) -> Tensor:
     """softmax(query key^T / sqrt(D)) value.
 
@@ -27,12 +28,14 @@ def dot_product_attention(
             everywhere.
         dropout: on the weights; above 0 in training only.
         coarse: a float32 computation may use bfloat16 products (int8 models do); as bfloat16 ones do anyway.
+        few: there are only tens of queries and keys, as in a streaming step, where PyTorch's fused kernel is
+            faster in every dtype.
 
     Returns:
         (B, H, Q, D) in the dtype of ``query``.
     """
     wanted = coarse or query.dtype == torch.bfloat16
-    if not wanted or dropout > 0.0 or torch.is_grad_enabled() or not _has_products(query.device.type):
+    if few or not wanted or dropout > 0.0 or torch.is_grad_enabled() or not _has_products(query.device.type):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     dtype = query.dtype
     query = query.to(torch.bfloat16) * query.shape[-1] ** -0.5

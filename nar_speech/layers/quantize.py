@@ -79,7 +79,6 @@ class Int8Linear(nn.Module):
         self.scale, self.zeros = scale, torch.zeros(len(weight), dtype=torch.int64)
         integers = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.packed = torch.ops.onednn.qlinear_prepack(integers, None)
-        self.middle = torch.tensor(ZERO + 0.5)
         # Without VNNI instructions sums of two products saturate at 16 bit unless activations have 7 bit.
         self.levels = 127 if torch.cpu._is_vnni_supported() else 63
 
@@ -103,10 +102,10 @@ class Int8Linear(nn.Module):
         rows = x.detach().reshape(-1, self.in_features).float()
         step = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
         step = step.clamp_min_(TINY).div_(self.levels)
-        # Adding a half makes the cut to an integer a rounding; all values are positive here.
-        integers = torch.addcmul(self.middle, rows, step.reciprocal()).to(torch.uint8)
+        # This rounds and converts at once: Tensor.to(uint8) alone takes five times as long.
+        integers = torch.quantize_per_tensor(rows * step.reciprocal(), 1.0, ZERO, torch.quint8)
         weight = self.packed, self.scale, self.zeros
         y = torch.ops.onednn.qlinear_pointwise(
-            integers, 1.0, ZERO, *weight, None, 1.0, 0, torch.float32, "none", [], ""
+            integers.view(torch.uint8), 1.0, ZERO, *weight, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return torch.addcmul(self.bias.float(), y, step, out=y).view(shape).to(x.dtype)

@@ -133,17 +133,17 @@ class SANMAttention(nn.Module):
         """(B, T, input_size) -> (B, T, size)."""
         return self.attend(self.linear_q_k_v(x), padding)
 
-    def attend(self, projected: Tensor, padding: Padding | None = None, past: Tensor | None = None) -> Tensor:
+    def attend(self, projected: Tensor, padding: Padding | None = None, seen: Tensor | None = None) -> Tensor:
         """What :meth:`forward` makes of the projected input.
 
         Args:
             projected: (B, T, 3 D) queries, keys and values.
-            padding: its ``keys`` cover the past and the frames.
-            past: (B, P, 2 D) keys and values of earlier frames, which are seen too (streaming).
+            padding: its ``keys`` cover all that is seen.
+            seen: (B, P + T, 2 D) keys and values of earlier frames and of these (streaming); default: of
+                these alone.
         """
         query, key_value = projected.split([projected.shape[-1] // 3, 2 * projected.shape[-1] // 3], dim=-1)
-        seen = key_value if past is None else torch.cat([past, key_value], dim=1)
-        key, value = seen.chunk(2, dim=-1)
+        key, value = (key_value if seen is None else seen).chunk(2, dim=-1)
         context = dot_product_attention(
             split_heads(query, self.heads),
             split_heads(key, self.heads),
@@ -151,6 +151,7 @@ class SANMAttention(nn.Module):
             mask=None if padding is None else padding.keys,
             dropout=self.dropout if self.training else 0.0,
             coarse=self.coarse,
+            few=seen is not None,
         )
         return self.linear_out(merge_heads(context)) + self.memory(key_value.chunk(2, dim=-1)[1], padding)
 
@@ -306,12 +307,12 @@ class SANMEncoder(nn.Module):
         return init_encoder(self, stream, batch, device, dtype)
 
     def step(
-        self, x: Tensor, lengths: Tensor, state: EncoderState, stream: StreamConfig
+        self, x: Tensor, lengths: Tensor, state: EncoderState, stream: StreamConfig, in_place: bool = False
     ) -> tuple[Tensor, Tensor, EncoderState]:
         """Encode the next chunk (B, C, F) of every stream: window (B, W, D), its valid rows (B, W), state."""
         from nar_speech.layers.sanm_stream import step_encoder
 
-        return step_encoder(self, stream, x, lengths, state)
+        return step_encoder(self, stream, x, lengths, state, in_place)
 
 
 class CrossAttention(nn.Module):
@@ -339,8 +340,8 @@ class CrossAttention(nn.Module):
         """
         return self.attend(x, self.linear_k_v(memory), keys)
 
-    def attend(self, x: Tensor, key_value: Tensor, keys: Tensor | None = None) -> Tensor:
-        """What :meth:`forward` gives for the projected memory (B, T, 2 D)."""
+    def attend(self, x: Tensor, key_value: Tensor, keys: Tensor | None = None, few: bool = False) -> Tensor:
+        """What :meth:`forward` gives for the projected memory (B, T, 2 D); ``few`` as in ``dot_product``."""
         key, value = key_value.chunk(2, dim=-1)
         context = dot_product_attention(
             split_heads(self.linear_q(x), self.heads),
@@ -349,6 +350,7 @@ class CrossAttention(nn.Module):
             mask=keys,
             dropout=self.dropout if self.training else 0.0,
             coarse=self.coarse,
+            few=few,
         )
         return self.linear_out(merge_heads(context))
 
@@ -579,6 +581,7 @@ class SANMDecoder(nn.Module):
         rows: Tensor,
         state: DecoderState,
         stream: StreamConfig,
+        in_place: bool = False,
     ) -> tuple[Tensor, DecoderState]:
         """Logits (B, U, V) of the next tokens of every stream, and its state.
 
@@ -588,5 +591,5 @@ class SANMDecoder(nn.Module):
         """
         from nar_speech.layers.sanm_stream import step_decoder
 
-        hidden, state = step_decoder(self, stream, tokens, counts, memory, rows, state)
+        hidden, state = step_decoder(self, stream, tokens, counts, memory, rows, state, in_place)
         return self.output_layer(hidden), state

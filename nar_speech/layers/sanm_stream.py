@@ -171,12 +171,18 @@ def init_encoder(
 
 
 def step_encoder(
-    encoder: SANMEncoder, config: StreamConfig, x: Tensor, lengths: Tensor, state: EncoderState
+    encoder: SANMEncoder,
+    config: StreamConfig,
+    x: Tensor,
+    lengths: Tensor,
+    state: EncoderState,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, EncoderState]:
     """Encode the next chunk of every stream.
 
     Args:
         x: (B, C, F) features. lengths: (B,) int64 valid ones, C except where a stream ends.
+        in_place: ``state`` may be overwritten.
 
     Returns:
         (B, W, D) encodings of the window, zero where (B, W) bool tells of no frame; and the next state, which
@@ -188,13 +194,15 @@ def step_encoder(
     frames = valid[:, :, None]
     padding = Padding(frames.to(window.dtype), seen_rows(state.kept, valid)[:, None, None])
     length = past + kept if config.encoder_reach < 0 else past
-    new = state.past.new_empty(len(x), state.past.shape[1], length, state.past.shape[3])
-    new[:, :, : length - kept] = state.past[:, :, past - (length - kept) :]
+    new = _next_past(state.past, length, in_place)
     y = window
     for number, layer in enumerate([*encoder.encoders0, *encoder.encoders]):
         projected = layer.self_attn.linear_q_k_v(layer.norm1(y))
-        y = layer.join(y, layer.self_attn.attend(projected, padding, state.past[:, number] if past else None))
-        new[:, number, length - kept :] = projected[:, :kept, encoder.output_size :]
+        seen = projected[..., encoder.output_size :]
+        if past:
+            seen = torch.cat([state.past[:, number], seen], dim=1)
+        y = layer.join(y, layer.self_attn.attend(projected, padding, seen))
+        new[:, number] = seen[:, past + kept - length : past + kept]
     y = encoder.after_norm(y).masked_fill(~frames, 0.0)
     both = torch.cat([state.kept, valid[:, :kept]], dim=1)
     exist = both[:, both.shape[1] - length :]
@@ -202,6 +210,17 @@ def step_encoder(
         new_enough = torch.arange(length, device=x.device) >= length - config.encoder_reach * config.chunk[1]
         exist = exist & (new_enough | (state.frames == 0)[:, None])
     return y, valid, EncoderState(feats, state.frames + lengths, new, exist)
+
+
+def _next_past(past: Tensor, length: int, in_place: bool) -> Tensor:
+    """Memory for the next keys and values (B, N, length, 2 D), layer by layer: ``past`` itself if it may be.
+
+    It is the largest tensor of a step: where it has to be allocated, the system clears as many pages, which
+    takes longer than to write it.
+    """
+    if in_place and past.shape[2] == length:
+        return past
+    return past.new_empty(*past.shape[:2], length, past.shape[3])
 
 
 def seen_rows(kept: Tensor, valid: Tensor) -> Tensor:
@@ -274,12 +293,14 @@ def step_decoder(
     memory: Tensor,
     rows: Tensor,
     state: DecoderState,
+    in_place: bool = False,
 ) -> tuple[Tensor, DecoderState]:
     """States of the next tokens of every stream. A stream without new tokens keeps its state.
 
     Args:
         tokens: (B, U, D) one vector per token. counts: (B,) int64 how many there are.
         memory: (B, W, D) encoder output of the window, zero where ``rows`` (B, W) bool is false.
+        in_place: ``state`` may be overwritten.
 
     Returns:
         (B, U, D) as of :meth:`SANMDecoder.hidden`, and the next state, which means nothing for a stream that
@@ -291,7 +312,7 @@ def step_decoder(
     seen = seen_rows(state.kept, rows)[:, None, None]
     emits = (counts > 0)[:, None]
     length = past + size if config.decoder_reach < 0 else past
-    new = state.past.new_empty(*state.past.shape[:2], length, state.past.shape[3])
+    new = _next_past(state.past, length, in_place)
     layers = token_memories(decoder)
     if config.official and decoder.config.num_blocks - decoder.config.att_layer_num == 1:
         layers = layers[:-1]
@@ -304,9 +325,9 @@ def step_decoder(
             fresh = layer.src_attn.linear_k_v(memory)
             held = state.past[:, number]
             both = torch.cat([held, fresh], dim=1)
-            x = x + layer.src_attn.attend(layer.norm3(x), both, seen)
+            x = x + layer.src_attn.attend(layer.norm3(x), both, seen, few=True)
             if length:
-                stay = F.pad(held, (0, 0, length - past, 0))
+                stay = F.pad(held, (0, 0, length - past, 0)) if length > past else held
                 new[:, number] = torch.where(emits[:, :, None], both[:, past + size - length :], stay)
     for layer in decoder.decoders3:
         x = layer(x)
@@ -356,6 +377,8 @@ def _advance(
         ends = [(counts + layer.self_attn.right * first).clamp_min(0) for layer in layers]
         new = F.pad(new, (0, 0, 0, max(0, *(layer.self_attn.right for layer in layers))))
     index = torch.stack(ends, dim=1)[:, :, None] + torch.arange(state.memory.shape[2], device=counts.device)
-    index = index[..., None].expand(-1, -1, -1, new.shape[-1])
-    rows = torch.cat([state.memory[:, : len(layers)], new], dim=2).gather(2, index)
+    rows = torch.cat([state.memory[:, : len(layers)], new], dim=2)
+    first = torch.arange(0, rows[..., 0].numel(), rows.shape[2], device=counts.device)
+    chosen = (first[:, None] + index.flatten(0, 1)).flatten()
+    rows = rows.flatten(0, 2).index_select(0, chosen).view(*index.shape, -1)
     return torch.cat([rows, state.memory[:, len(layers) :]], dim=1)

@@ -353,7 +353,7 @@ class Paraformer(nn.Module):
         return init_state(self, batch, device, dtype, grow)
 
     def step(
-        self, feats: Tensor, lengths: Tensor, state: ParaformerState, final: Tensor
+        self, feats: Tensor, lengths: Tensor, state: ParaformerState, final: Tensor, in_place: bool = False
     ) -> tuple[StreamOutput, ParaformerState]:
         """Recognise the next chunk of every stream; without gradient, for a model in eval mode.
 
@@ -361,10 +361,11 @@ class Paraformer(nn.Module):
             feats: (B, C, F) the next C frames, C the middle of ``stream.chunk``.
             lengths: (B,) int64 valid frames: C unless ``final``; 0 there gives out what is still open.
             final: (B,) bool, where the stream ends; its next state is that of a new stream.
+            in_place: ``state`` may be overwritten, which saves the time to allocate the next one.
         """
         from nar_speech.models.paraformer_stream import step
 
-        return step(self, feats, lengths, state, final)
+        return step(self, feats, lengths, state, final, in_place)
 
 
 def clear_padding(x: Tensor, lengths: Tensor) -> Tensor:

@@ -102,13 +102,18 @@ def stream_config(model: Paraformer) -> StreamConfig:
 
 @torch.no_grad()
 def step(
-    model: Paraformer, feats: Tensor, lengths: Tensor, state: ParaformerState, final: Tensor
+    model: Paraformer,
+    feats: Tensor,
+    lengths: Tensor,
+    state: ParaformerState,
+    final: Tensor,
+    in_place: bool = False,
 ) -> tuple[StreamOutput, ParaformerState]:
     """One chunk of every stream; see :meth:`Paraformer.step`."""
     config = stream_config(model)
     heard = state.encoder.frames
     before = state.encoder.feats.shape[1]
-    encoded, rows, encoder = model.encoder.step(feats, lengths, state.encoder, config)
+    encoded, rows, encoder = model.encoder.step(feats, lengths, state.encoder, config, in_place)
     silent = None if config.official else final & (heard + lengths == 0)
     cif, predictor = model.predictor.step(encoded, rows, state.predictor, final, config, silent)
     size = most_tokens(model.predictor, config, encoded.shape[1])
@@ -117,7 +122,9 @@ def step(
     log_probs = encoded.new_zeros(len(feats), size, vocabulary, dtype=torch.float32)
     if used:
         tokens = cif.embeds[:, :used]
-        logits, decoder = model.decoder.step(tokens, cif.counts, encoded, rows, state.decoder, config)
+        logits, decoder = model.decoder.step(
+            tokens, cif.counts, encoded, rows, state.decoder, config, in_place
+        )
         best = logits.float().log_softmax(dim=-1)
         missing = torch.arange(used, device=feats.device) >= cif.counts[:, None]
         log_probs = F.pad(best.masked_fill(missing[:, :, None], 0.0), (0, 0, 0, size - used))
@@ -127,10 +134,14 @@ def step(
 
 
 def _used(counts: Tensor, size: int) -> int:
-    """Token places to decode: all, except on a CPU, where it costs nothing to look how many are needed."""
+    """Token places to decode: all, except on a CPU, where it costs nothing to look how many are needed.
+
+    Not one: products of a single row are computed in another order than those of several.
+    """
     if counts.device.type != "cpu" or torch.compiler.is_compiling() or not counts.numel():
         return size
-    return int(counts.max())
+    most = int(counts.max())
+    return min(max(most, 2), size) if most else 0
 
 
 def _begin_again(state: ParaformerState, final: Tensor) -> ParaformerState:
@@ -287,9 +298,17 @@ class ParaformerStream:
         sample_rate: in Hz. chunk: samples of one step. device: of the network.
     """
 
-    def __init__(self, network: Paraformer, frontend: Frontend, official_tail: bool = False):
-        """``network``: in eval mode, with a ``stream``. ``official_tail``: see :class:`ChunkFrontend`."""
-        self.network = network
+    def __init__(
+        self, network: Paraformer, frontend: Frontend, official_tail: bool = False, in_place: bool = False
+    ):
+        """Build.
+
+        Args:
+            network: in eval mode, with a ``stream``.
+            official_tail: see :class:`ChunkFrontend`.
+            in_place: steps may overwrite the states they are given; for an engine, which gives copies.
+        """
+        self.network, self.in_place = network, in_place
         self.frontend = ChunkFrontend(frontend, stream_config(network).chunk[1], official_tail)
         self.sample_rate, self.chunk = frontend.config.sample_rate, self.frontend.chunk
 
@@ -313,7 +332,7 @@ class ParaformerStream:
             final: (B,) bool, where the stream ends; its next state is that of a new stream.
         """
         feats, rows, frontend = self.frontend.step(audio, lengths, state.frontend, final)
-        output, network = self.network.step(feats, rows, state.network, final)
+        output, network = self.network.step(feats, rows, state.network, final, self.in_place)
         return output, AudioState(frontend, network)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL = "mini_en"
+TWIN = "mini_en_stream"  # the embedded model that hears live speech
 ALIASES = {  # names that FunASR's users know -> hub repository
     "paraformer-zh": "funasr/paraformer-zh",
     "paraformer-en": "funasr/paraformer-en",
@@ -105,10 +106,10 @@ def resolve(
         wanted = DEFAULT_MODEL if name == "default" else name
         if wanted in embedded_models():
             return ASSETS / wanted
-        if name == "default":
+        if name in ("default", TWIN):
             raise HubError(
-                f"model 'default': nar_speech/assets/{DEFAULT_MODEL} is not in this installation; install the"
-                " package again, or name a model with --model"
+                f"model '{name}': nar_speech/assets/{wanted} is not in this installation; install the package"
+                " again, or name a model with --model"
             )
     path = Path(text).expanduser()
     if text and path.is_dir():

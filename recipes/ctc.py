@@ -20,7 +20,7 @@ from nar_speech import config as configs
 from nar_speech.data import spec_augment
 from nar_speech.hub import load_parts, resolve
 from nar_speech.losses.distill import feature_distance
-from nar_speech.model_folder import write_model_folder
+from nar_speech.model_folder import StreamConfig, write_model_folder
 from nar_speech.models.ctc import CtcConfig, CtcModel, ctc_model_loss, ctc_output_loss
 from nar_speech.search import ctc as ctc_search
 from nar_speech.train import World, say, train
@@ -36,8 +36,10 @@ from nar_speech.types import ModelCard
 
 
 @dataclass(frozen=True)
-class StreamSection:
+class StreamSection(StreamConfig):
     """A way to feed streams that validations try too; what it gives is reported as ``stream_wer``.
+
+    It goes into model.yaml, so that whoever serves the model feeds it like that.
 
     Attributes:
         chunk_size: output frames of a chunk.
@@ -122,9 +124,8 @@ def recipe(config: Recipe, world: World) -> None:
     result = train(config.train, model, loss_step, data, validate, world)
     if result.finished and world.main:
         card = configs.from_dict(ModelCard, {**configs.to_dict(config.card), "metrics": result.metrics})
-        out = write_model_folder(
-            f"{folder}/model", model, card, config.frontend, network, tokenizer, config.decoding, folder
-        )
+        parts = (card, config.frontend, network, tokenizer, config.decoding)
+        out = write_model_folder(f"{folder}/model", model, *parts, folder, config.stream)
         say(world, f"model folder: {out}")
 
 

@@ -17,7 +17,7 @@ import soundfile
 import torch
 
 import nar_speech
-from nar_speech import cli, hub
+from nar_speech import cli, cli_options, cli_output, hub
 from nar_speech.model_folder import DecoderName
 from tests.model_folders import ctc_folder, funasr_folder, paraformer_folder
 
@@ -315,10 +315,10 @@ def test_usage_errors_of_the_parser(words, message, capsys):
 
 
 def test_choices_are_those_of_the_library():
-    assert set(cli.DECODERS) == set(typing.get_args(DecoderName))
+    assert set(cli_options.DECODERS) == set(typing.get_args(DecoderName))
     from nar_speech.pipelines.writers import WRITERS
 
-    assert set(cli.FORMATS) == set(WRITERS)
+    assert set(cli_output.FORMATS) == set(WRITERS)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from nar_speech import hub, load_model
 from nar_speech.errors import ConfigError
-from nar_speech.model_folder import read_model_file
+from nar_speech.model_folder import StreamConfig, read_model_file
 from nar_speech.models.ctc_stream import CtcStream
 from nar_speech.search.ctc_stream import GreedyStream
 from nar_speech.train.recipe import run_recipe
@@ -52,6 +52,8 @@ def test_recipe_trains_a_model_that_hears_streams(kind, corpus, tmp_path):
     losses = {r["step"]: r["loss"] for r in read_log(tmp_path / "run/train.jsonl") if "loss" in r}
     assert {step: losses[step] for step in first} == first  # goes on with the chunks that would have come
     folder = tmp_path / "run/model"
+    chunks = {"fastconformer": StreamConfig(4, 16), "conformer": StreamConfig(4, 8)}[kind]
+    assert read_model_file(folder).stream == chunks
     metrics = read_model_file(folder).card.metrics
     assert metrics["loss"] < losses[1]
     assert {"wer", "stream_wer"} <= metrics.keys()

@@ -6,8 +6,9 @@ import tests.server_extra  # noqa: F401  skips this file where the extra is miss
 
 import pytest
 
+from nar_speech import hub
 from nar_speech.errors import ConfigError
-from nar_speech.server.models import load_models, load_stream_model
+from nar_speech.server.models import load_models, load_stream_model, with_twin
 from nar_speech.server.settings import ModelSpec, Settings
 from tests.model_folders import CONFORMER, ctc_folder, paraformer_folder
 
@@ -39,6 +40,34 @@ def test_halves_of_models(folders):
     wrong = ModelSpec(None, (str(folders["ctc"]), str(folders["offline"])))
     with pytest.raises(ConfigError, match="can't be the streaming half"):
         load_models(Settings(models=(wrong,), device="cpu"))
+
+
+def test_the_embedded_models_are_a_pair_where_both_are_installed(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "ASSETS", tmp_path)
+    (tmp_path / hub.DEFAULT_MODEL).symlink_to(folders["offline"])
+    assert with_twin(("default",)) == ("default",)
+    (tmp_path / hub.TWIN).symlink_to(folders["ctc"])
+    for name in ("default", hub.DEFAULT_MODEL):
+        assert with_twin((name,)) == (hub.DEFAULT_MODEL, hub.TWIN)
+    assert with_twin((hub.TWIN,)) == (hub.TWIN,)
+    ((entry,), models) = load_models(Settings(device="cpu"))
+    assert list(models) == [entry.batch_key, entry.stream_key]
+    assert load_stream_model("default", "cpu", "float32")[0] == "tiny_ctc"
+
+
+def test_chunks_of_a_server(folders):
+    spec = (ModelSpec("m", (str(folders["ctc"]),)),)
+    for sizes, wanted in (((None, None), (16, 64)), ((4, None), (4, 16)), ((4, 8), (4, 8))):
+        chunk_size, left = sizes
+        _, models = load_models(Settings(models=spec, device="cpu", chunk_size=chunk_size, left=left))
+        chunking = models["m:online"].model.stream.chunking
+        assert (chunking.frames, chunking.left) == wanted
+
+
+@pytest.mark.parametrize("sizes", [{"chunk_size": 0}, {"left": -1}])
+def test_chunks_that_make_no_sense(sizes):
+    with pytest.raises(ConfigError, match=next(iter(sizes)).replace("_", "-")):
+        Settings(**sizes)
 
 
 def test_a_model_that_hears_files_only_is_no_load(folders):

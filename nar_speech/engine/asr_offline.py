@@ -50,6 +50,17 @@ class OfflineModel:
                 found = [error if i in members else item for i, item in enumerate(found)]
         return found
 
+    def warm_up(self) -> None:
+        """Run once, so that everything that is loaded late is there before the first utterance comes.
+
+        Raises:
+            NarSpeechError: it can't recognise.
+        """
+        noise = np.random.default_rng(0).normal(0, 0.01, self.sample_rate).astype(np.float32)
+        result = self.run([noise], [{}])[0]
+        if isinstance(result, Exception):
+            raise result
+
     def check(self, options: Mapping[str, Any]) -> None:
         """Whether this model takes these options.
 

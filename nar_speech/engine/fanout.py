@@ -92,6 +92,8 @@ class FanOut:
             if not outlet.deaf or isinstance(event, Closed):
                 outlet.on_event(event)
         except BaseException as error:  # whatever a client's code raises concerns that client only
+            if self._thread is None and not isinstance(error, Exception):
+                raise  # Ctrl-C in the thread of who called
             self.errors += 1
             if not outlet.deaf:
                 outlet.deaf = True

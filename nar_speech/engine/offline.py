@@ -224,6 +224,8 @@ class OfflineWorker:
             if len(results) != len(jobs):
                 raise EngineError(f"batch model gave {len(results)} results for {len(jobs)} segments")
         except BaseException as error:  # of a model, in a thread that must live on
+            if self._thread is None and not isinstance(error, Exception):
+                raise  # Ctrl-C in the thread of who called
             if len(jobs) == 1:
                 counters.failed += 1
                 jobs[0].future.set_exception(error)

@@ -6,19 +6,16 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from nar_speech import hub
 from nar_speech.engine.asr import can_stream, load_stream
 from nar_speech.engine.asr_offline import OfflineModel
 from nar_speech.errors import ConfigError
+from nar_speech.hub import TWIN
 from nar_speech.models.paraformer import Paraformer
 from nar_speech.pipelines.transcribe import Transcriber
 from nar_speech.server.logs import logger
 from nar_speech.server.service import ModelEntry
 from nar_speech.server.settings import ModelSpec, Settings
-
-TWIN = f"{hub.DEFAULT_MODEL}_stream"  # the embedded model that hears live speech
 
 
 def load_models(settings: Settings) -> tuple[list[ModelEntry], dict[str, Any]]:
@@ -66,7 +63,7 @@ def load_entry(spec: ModelSpec, settings: Settings) -> tuple[ModelEntry, dict[st
             halves[entry.stream_key] = model
         if whole:
             offline = OfflineModel(Transcriber.from_parts(parts, settings.device, settings.dtype))
-            warm_up(offline)
+            offline.warm_up()
             entry = replace(
                 entry,
                 batch_key=f"{entry.id}:offline",
@@ -104,11 +101,3 @@ def load_stream_model(
     """
     parts = hub.load_parts(hub.resolve(with_twin((name,))[-1]))
     return parts.card.name, load_stream(parts, device, dtype, chunk_size, left), {"endpoint": False}
-
-
-def warm_up(model: OfflineModel) -> None:
-    """Run once, so that everything that is loaded late is there before the first client comes."""
-    noise = np.random.default_rng(0).normal(0, 0.01, model.sample_rate).astype(np.float32)
-    result = model.run([noise], [{}])[0]
-    if isinstance(result, Exception):
-        raise result

@@ -41,6 +41,12 @@ def write_folder(folder: Path, size: Size, seed: int = 0) -> Path:
     with torch.no_grad():
         network.predictor.cif_output.bias.fill_(CIF_BIAS)
     torch.save({"state_dict": network.state_dict()}, folder / "model.pt")
+    write_lists(folder, size)
+    return folder
+
+
+def write_lists(folder: Path, size: Size) -> list[str]:
+    """``tokens.json`` and ``am.mvn``; returns the tokens."""
     pieces = ["<blank>", "<s>", "</s>", *(chr(0x4E00 + n) for n in range(size.vocab - 4)), "<unk>"]
     (folder / "tokens.json").write_text(json.dumps(pieces))
     parts = [
@@ -48,7 +54,7 @@ def write_folder(folder: Path, size: Size, seed: int = 0) -> Path:
         for name, value in (("AddShift", "-8.0"), ("Rescale", "0.25"))
     ]
     (folder / "am.mvn").write_text(f"<Nnet>\n<Splice> 560 560\n[ 0 ]\n{''.join(parts)}</Nnet>\n")
-    return folder
+    return pieces
 
 
 def model_tree(folder: Path, size: Size) -> dict:
@@ -105,6 +111,21 @@ def model_tree(folder: Path, size: Size) -> dict:
             "split_with_space": True,
         },
     }
+
+
+def online_tree(folder: Path, size: Size) -> dict:
+    """The same of Paraformer-online."""
+    tree = model_tree(folder, size)
+    tree |= {
+        "model": "ParaformerStreaming",
+        "encoder": "SANMEncoderChunkOpt",
+        "frontend": "WavFrontendOnline",
+    }
+    windows = {"input_layer": "pe_online", "chunk_size": [15], "stride": [10], "pad_left": [0]}
+    del tree["encoder_conf"]["pos_enc_class"]
+    tree["encoder_conf"] |= windows
+    tree["decoder_conf"]["sanm_shfit"] = 5  # the token memory looks back only
+    return tree
 
 
 def noise(seconds: float, seed: int) -> np.ndarray:

@@ -37,6 +37,8 @@ PACKET_SECONDS = 0.1
 RETRY = 0.02  # seconds after which a client tries again to hand over audio that was refused
 END_SECONDS = 60.0  # in which the last texts must have come
 MISSES_ALLOWED = 0.001
+SERIES = 240  # values of memory that a report keeps
+FINENESS = 16  # a capacity is found to a sixteenth
 QUANTILES = (0.5, 0.95, 0.99)
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -84,8 +86,8 @@ class Report:
 
     rtfx: audio per wall time. busy: share of the time in which the engine's thread worked. batch_mean:
     streams of a step. lag_max: seconds of audio that some stream had waiting. refused: times that audio had
-    to wait in the client. rss: bytes. held: paced, no stream failed or had to wait, and at most 0.1 % of the
-    chunks were late.
+    to wait in the client. rss: bytes; rss_series: over the run, in equal steps. held: paced, no
+    stream failed or had to wait, and at most 0.1 % of the chunks were late.
     """
 
     streams: int
@@ -107,6 +109,7 @@ class Report:
     rss_start: int
     rss_peak: int
     rss_end: int
+    rss_series: tuple[int, ...]
     wer: float | None
     words: int
     held: bool
@@ -363,10 +366,54 @@ def report(
         rss_start=memory[0],
         rss_peak=max(memory),
         rss_end=memory[-1],
+        rss_series=thinned(memory),
         wer=errors.rate if errors else None,
         words=sum(len(said.split()) for said, _ in pairs),
         held=paced and not log.failed and not log.refused and in_time,
     )
+
+
+def thinned(values: Sequence[int]) -> tuple[int, ...]:
+    """Every n-th value, so that at most ``SERIES`` are left."""
+    return tuple(values[:: -(-len(values) // SERIES)])
+
+
+def find_capacity(run: Callable[[int], Report], first: int, most: int, budget: float) -> list[Report]:
+    """Look for the most streams that hold with a 95 % chunk latency of at most ``budget`` seconds.
+
+    Doubles from ``first`` until a run fails, then halves the interval until it is a sixteenth of the number;
+    where already ``first`` fails, goes down to 1.
+
+    Returns:
+        all runs, in their order; :func:`capacity` tells the number.
+    """
+    reports: list[Report] = []
+
+    def good(streams: int) -> bool:
+        reports.append(run(streams))
+        return within(reports[-1], budget)
+
+    low, high, n = 0, most + 1, min(first, most)
+    while n < high and good(n):
+        low, n = n, min(2 * n, most) if n < most else high
+    high = min(n, high)
+    while high - low > max(1, low // FINENESS):
+        middle = (low + high) // 2
+        if good(middle):
+            low = middle
+        else:
+            high = middle
+    return reports
+
+
+def within(report: Report, budget: float) -> bool:
+    """Whether a paced run held, with a 95 % chunk latency of at most ``budget`` seconds."""
+    return report.held and report.chunk_latency[1] <= budget
+
+
+def capacity(reports: Sequence[Report], budget: float) -> int:
+    """Most streams of a run that was :func:`within` the budget; 0: none was."""
+    return max((r.streams for r in reports if within(r, budget)), default=0)
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float] | None:

@@ -192,6 +192,13 @@ def describe_bench(parser: argparse.ArgumentParser) -> None:
     streams.add_argument(
         "--audio", metavar="FILE", help="manifest as of 'evaluate', or one recording (default: our sample)"
     )
+    streams.add_argument(
+        "--find-capacity",
+        action="store_true",
+        help="paced: the most streams that hold with a p95 chunk latency of at most --budget-ms, from --n on",
+    )
+    streams.add_argument("--budget-ms", type=float, default=50.0, metavar="MS", help="(%(default)g)")
+    streams.add_argument("--most", type=int, default=1024, metavar="N", help="to try (%(default)s)")
     streams.add_argument("--paced", action="store_true", help="like microphones; else as fast as it goes")
     streams.add_argument("--seconds", type=float, default=30.0, metavar="S", help="of each run (%(default)g)")
     streams.add_argument("--packet", type=float, default=0.1, metavar="S", help="audio at once (%(default)g)")
@@ -209,9 +216,13 @@ def bench(options: argparse.Namespace) -> int:
         counts = [int(n) for n in options.n.split(",")]
     except ValueError:
         counts = [0]
-    for name, value in (("--n", min(counts)), ("--seconds", options.seconds), ("--packet", options.packet)):
+    positive = {"--n": min(counts), "--seconds": options.seconds, "--packet": options.packet}
+    positive |= {"--budget-ms": options.budget_ms, "--most": options.most}
+    for name, value in positive.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"{name}: must be above 0")
+    if options.find_capacity and len(counts) > 1:
+        raise ConfigError("--n: --find-capacity begins with one number of streams")
     check_chunks(options.chunk_size, options.left)
     if options.url is not None and (options.chunk_size, options.left) != (None, None):
         raise ConfigError("--chunk-size, --left: a running server has its own; leave them out with --url")
@@ -222,30 +233,38 @@ def bench(options: argparse.Namespace) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    reports = []
-    common = (options.seconds, options.paced)
+    common = (options.seconds, options.paced or options.find_capacity)
     if options.url is not None:
         from nar_speech.server.bench_socket import RATE, Target, bench_server
 
         target = Target(options.url, options.model, options.key)
         corpus = tool.read_corpus(options.audio, RATE)
-        for n in counts:
-            reports.append(bench_server(target, corpus, n, *common, options.packet, options.normalize))
+
+        def run(n: int) -> tool.Report:
+            return bench_server(target, corpus, n, *common, options.packet, options.normalize)
     else:
         from nar_speech.server.models import load_stream_model
 
         chunks = (options.chunk_size, options.left)
         key, model, settings = load_stream_model(options.model, options.device, options.dtype, *chunks)
         corpus = tool.read_corpus(options.audio, model.sample_rate)
-        for n in counts:
-            reports.append(
-                tool.bench_engine(
-                    {key: model}, key, corpus, n, *common, settings, None, options.packet, options.normalize
-                )
+
+        def run(n: int) -> tool.Report:
+            own = {key: model}
+            return tool.bench_engine(
+                own, key, corpus, n, *common, settings, None, options.packet, options.normalize
             )
+
+    budget = options.budget_ms / 1000
+    if options.find_capacity:
+        reports = tool.find_capacity(run, counts[0], options.most, budget)
+    else:
+        reports = [run(n) for n in counts]
     if options.json:
         print(json.dumps([report.to_dict() for report in reports], indent=2))
     else:
         for line in tool.lines(reports):
             print(line)
+        if options.find_capacity:
+            print(f"capacity: {tool.capacity(reports, budget)} streams, p95 at most {options.budget_ms:g} ms")
     return 1 if any(report.failed for report in reports) else 0

@@ -362,7 +362,7 @@ def test_partial_texts_are_shown_on_a_terminal_only(run, audio, texts, monkeypat
     assert (drawn[0], drawn[-1]) == ("", "")  # every drawing wipes the one before; the last is wiped
     shown = [line.split("b.flac: ", 1) for line in drawn[1:-1]]
     assert len(shown) > 2
-    assert {begin.strip().split("% ")[0] for begin, _ in shown} == {"100"}
+    assert {begin.strip() for begin, _ in shown} == {"100%"}
     assert all(text for _, text in shown)
     assert texts["b.flac"][0].startswith(shown[0][1][:3])
 

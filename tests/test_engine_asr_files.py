@@ -24,7 +24,8 @@ class Fragile(ToneModel):
 
     def step(self, audio, lengths, final, state):
         output, state = super().step(audio, lengths, final, state)
-        if bool((output.letter == LETTERS.index("z")).any()):
+        tones = audio.square().mean(1) > 0.05  # the noise with which an engine tries batch sizes is softer
+        if bool(((output.letter == LETTERS.index("z")) & tones).any()):
             raise RuntimeError("no")
         return output, state
 

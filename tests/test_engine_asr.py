@@ -25,6 +25,7 @@ from nar_speech.engine import (
 from nar_speech.engine.asr import SpeechModel, can_stream, load_stream
 from nar_speech.engine.asr_hearing import TokenHearing
 from nar_speech.errors import ConfigError, InputError
+from nar_speech.layers.quantize import Int8Linear, int8_available
 from nar_speech.model_folder import StreamConfig, read_model_file, write_model_folder
 from nar_speech.models.ctc_stream import CtcStream
 from nar_speech.models.paraformer_stream import ParaformerStream
@@ -221,8 +222,24 @@ def test_what_can_stream(parts, folders):
     assert [can_stream(parts[name]) for name in ("ctc", "paraformer", "offline")] == [True, True, False]
     with pytest.raises(ConfigError, match="files only"):
         load_stream(hub.load_parts(folders["offline"]), "cpu")
-    with pytest.raises(ConfigError, match="int8"):
-        load_stream(hub.load_parts(folders["ctc"]), "cpu", "int8")
+
+
+@pytest.mark.skipif(not int8_available(), reason="no int8 kernels")
+@pytest.mark.parametrize("name", ["ctc", "paraformer"])
+def test_int8_streams_hear_about_the_same_in_any_company(folders, name):
+    model, plain = (load_stream(hub.load_parts(folders[name]), "cpu", d).model for d in ("int8", "float32"))
+    assert any(isinstance(part, Int8Linear) for part in model.stream.network.modules())
+    waves = torch.randn(8, max(model.first, model.chunk), generator=torch.Generator().manual_seed(0)) * 0.1
+    lengths, final = torch.full((8,), model.first), torch.ones(8, dtype=torch.bool)
+
+    def numbers(model, rows):
+        found, _ = model.step(waves[rows], lengths[rows], final[rows], model.init_state(len(rows)))
+        return {key: value for key, value in vars(found).items() if value.is_floating_point()}
+
+    together, apart = numbers(model, [*range(8)]), numbers(model, [5])
+    for key, value in numbers(plain, [*range(8)]).items():
+        torch.testing.assert_close(together[key][5], apart[key][0], atol=2e-2, rtol=1e-2)
+        assert torch.allclose(together[key], value, atol=0.3, rtol=0.1)
 
 
 def test_chunks_come_from_model_yaml(parts, tmp_path):

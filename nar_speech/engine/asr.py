@@ -298,17 +298,18 @@ def load_stream(
         chunk_size, left: see :func:`chunking_of`.
 
     Raises:
-        ConfigError: it hears whole utterances only, or not at 16 kHz; int8; sizes that it does not take.
+        ConfigError: it hears whole utterances only, or not at 16 kHz; sizes that it does not take.
+        InputError: int8 on another device than the CPU.
     """
     if not can_stream(parts):
         raise ConfigError(f"model '{parts.card.name}': recognises files only, it can't hear live speech")
     place = pick_device(device)
     kind = resolve_dtype(dtype, place)
-    if dtype == "auto" and kind == "int8":  # of offline models
-        kind = "float32"
-    if kind == "int8":
-        raise ConfigError("dtype int8: streaming models compute in float32 or bfloat16")
     network = parts.network.to(place, pick_dtype(kind)).eval()
+    if kind == "int8":
+        from nar_speech.layers.quantize import quantize_dynamic_int8
+
+        network = quantize_dynamic_int8(network)
     if place.type == "cpu":  # faster, and a row's bits do not depend on how many there are
         network = pack_linear_layers(network)
     frontend = parts.frontend.to(place).eval()

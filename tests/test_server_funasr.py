@@ -4,6 +4,7 @@ import tests.server_extra  # noqa: F401  skips this file where the extra is miss
 
 # isort: split
 
+import asyncio
 import io
 import json
 import threading
@@ -13,6 +14,7 @@ import pytest
 import soundfile
 from websockets.sync.client import connect
 
+from nar_speech.server import funasr
 from nar_speech.server.auth import Limits, read_keys
 from nar_speech.server.settings import Settings
 from tests.tone_model import ServerThread, pcm, the_end, tone, tone_entry
@@ -135,6 +137,47 @@ def test_hotwords(server, mode, hotwords):
 def test_hotwords_that_the_model_can_not_spell_are_left_out(server):
     assert OfficialClient(server.funasr, "2pass", pcm(tone("ab")), hotwords="naïve").printed == "Ab."
     assert OfficialClient(server.funasr, "offline", pcm(tone("ab")), hotwords="naïve ada").printed == "Ab."
+
+
+def test_half_characters(server):
+    client = OfficialClient(server.funasr, "2pass", pcm(tone("ab")), name="a\ud800b", hotwords="\udfff ada")
+    assert client.printed == "Ab."
+    assert {m["wav_name"] for m in client.messages} == {"a?b"}
+
+
+@pytest.mark.parametrize("rate", [float("inf"), None, 44, "x", [16000]])
+def test_rates_that_are_none_are_told(server, rate):
+    with connect(server.funasr) as socket:
+        socket.send(json.dumps({"audio_fs": rate}))
+        assert "audio_fs" in json.loads(socket.recv(60))["error"]
+        socket.send(json.dumps({"is_speaking": False}))
+        assert json.loads(socket.recv(60))["is_final"]
+
+
+@pytest.mark.parametrize("audio", [b"", bytes(3200)])
+def test_utterances_that_wait_are_bounded(server, audio, monkeypatch):
+    """However many the client sends before the first is recognised, the others stay in the socket."""
+    hold, waiting = threading.Event(), []
+
+    async def tell(utterance):
+        waiting.append(utterance.talk._utterances.qsize())
+        while not hold.is_set():
+            await asyncio.sleep(0.01)
+        await utterance.talk._say(utterance.config, "offline", "", True)
+
+    for kind in (funasr._File, funasr._Nothing):
+        monkeypatch.setattr(kind, "tell", tell)
+    count = 10 * funasr.MAX_WAITING
+    with connect(server.funasr) as socket:
+        socket.send(json.dumps({"mode": "offline"}))
+        for _ in range(count):
+            socket.send(audio)
+            socket.send(json.dumps({"is_speaking": False}))
+        threading.Timer(0.5, hold.set).start()
+        for _ in range(count):
+            assert json.loads(socket.recv(60))["is_final"]
+    assert len(waiting) == count
+    assert max(waiting) < funasr.MAX_WAITING
 
 
 def test_an_unknown_mode_is_told_at_the_end(server):

@@ -287,6 +287,8 @@ def test_texts_that_only_grow():
     assert grown.final(Final(1, "other", (), (), 1, 2)) == ""  # can't be taken back
     assert grown.partial(Partial(2, "你好", 2, 1, 2)) == " 你好"
     assert grown.partial(Partial(3, "吗", 1, 1, 2)) == "吗"
+    assert grown.partial(Partial(4, "strangely baron", 15, 1, 2)) == " strangely baron"
+    assert grown.final(Final(4, "strangely barren of adventure", (), (), 1, 2)) == " of adventure"
 
 
 @given(st.lists(st.tuples(st.text("ab 你", max_size=6), st.integers(0, 6)), max_size=6))

@@ -329,6 +329,9 @@ def test_wyoming_without_a_streaming_half():
         b'{"type": "audio-start", "data": {"rate": "x", "width": 9}}\n',
         b"x" * 100_000,
         b'{"type": "transcribe", "data": {"name": "gpt-9"}}\n{"type": "audio-start"}\n',
+        b'{"type": "transcribe", "data": {"name": "\\ud800"}}\n{"type": "audio-start"}\n',
+        b'{"type": "audio-start", "data": {"width": []}}\n',
+        b'{"type": "audio-start", "data": {"width": true}}\n',
     ],
 )
 def test_wyoming_nonsense(server, data):
@@ -337,6 +340,23 @@ def test_wyoming_nonsense(server, data):
         answer = json.loads(raw.makefile("rb").readline())
         assert answer["type"] == "error"
     wait_for(lambda: not server.service.peers and not server.service.streams)
+
+
+def test_wyoming_is_told_once_of_audio_that_is_refused_and_words_may_be_anything(server):
+    address = ("127.0.0.1", server.server.ports["wyoming"])
+    with socket.create_connection(address, timeout=60) as raw, raw.makefile("rb") as lines:
+        raw.sendall(b'{"type": "audio-start", "data": {"rate": 1}}\n' + b'{"type": "audio-chunk"}\n' * 9)
+        raw.sendall(b'{"type": "ping", "data": {"text": "\\ud800"}}\n')
+        heard = []
+        while not heard or heard[-1]["type"] != "pong":
+            heard.append(json.loads(lines.readline()))
+            heard[-1]["data"] = json.loads(lines.read(heard[-1]["data_length"]))
+        assert [event["type"] for event in heard] == ["error", "pong"]
+        assert heard[-1]["data"] == {"text": "?"}
+        raw.sendall(b'{"type": "transcribe", "data": {"transcript_terms": 5, "transcript_names": [1]}}\n')
+        raw.sendall(b'{"type": "audio-start"}\n{"type": "audio-stop"}\n')
+        assert json.loads(lines.readline())["type"] == "transcript"
+    wait_for(lambda: not server.service.peers)
 
 
 def test_wyoming_refuses_audio_in_pieces_that_do_not_come(server):

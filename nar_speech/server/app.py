@@ -17,6 +17,7 @@ from starlette.routing import WebSocketRoute
 
 from nar_speech.server import funasr, openai_http, raw_stream, realtime
 from nar_speech.server.api_error import ApiError, told
+from nar_speech.server.formats import json_text
 from nar_speech.server.logs import logger
 from nar_speech.server.metrics import CONTENT_TYPE
 from nar_speech.server.service import Service
@@ -32,7 +33,9 @@ PAGE_POLICY = (
 
 def build_app(service: Service) -> FastAPI:
     """The application on the main port."""
-    app = FastAPI(title="nar-speech", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="nar-speech", docs_url=None, redoc_url=None, openapi_url=None, default_response_class=Json
+    )
     app.state.service = service
     for module in (openai_http, realtime, raw_stream, funasr):
         app.include_router(module.router)
@@ -100,7 +103,7 @@ def _add_errors(app: FastAPI) -> None:
     """Every error has the body of OpenAI's API."""
 
     def answer(error: ApiError) -> Response:
-        return JSONResponse({"error": error.body()}, error.status, error.headers())
+        return Json({"error": error.body()}, error.status, error.headers())
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
@@ -120,6 +123,14 @@ def _add_errors(app: FastAPI) -> None:
     async def failure(request: Request, error: Exception) -> Response:
         logger.error("request failed", exc_info=error, extra={"path": request.url.path[:80]})
         return answer(told(RuntimeError()))
+
+
+class Json(JSONResponse):
+    """JSON, whatever a client's words in it are."""
+
+    def render(self, content: Any) -> bytes:
+        """UTF-8."""
+        return json_text(content).encode()
 
 
 class RequestId:

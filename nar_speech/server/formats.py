@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Sequence
@@ -43,6 +44,11 @@ def language_code(text: str) -> str:
     """``en`` of ``en``, ``EN``, ``en-US``, ``en_GB`` and ``english``."""
     text = text.strip().lower()
     return LANGUAGE_CODES.get(text, text.replace("_", "-").partition("-")[0])
+
+
+def json_text(body: Any) -> str:
+    """JSON that UTF-8 can hold: half a character of a client (a lone surrogate) becomes a question mark."""
+    return json.dumps(body, ensure_ascii=False).encode(errors="replace").decode()
 
 
 def duration_usage(seconds: float) -> dict[str, Any]:

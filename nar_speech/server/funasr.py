@@ -37,6 +37,7 @@ PROTOCOLS = ("binary",)
 RESULT_MODES = {"offline": "offline", "online": "online", "2pass": "2pass-offline"}  # of last results
 SILENCE = 0.8  # seconds that end an utterance, as FunASR's voice activity detection has it
 PUNCTUATION = ",.?!;:，。？！；：、"
+MAX_WAITING = 4  # utterances of one connection that wait for their results
 NOT_PCM = "ERROR. Real-time transcription service ONLY SUPPORT PCM stream."
 router = APIRouter()
 
@@ -94,7 +95,7 @@ class Config:
             try:
                 rate = int(body["audio_fs"])
                 AudioIn("s16le", rate, 16000)
-            except (AudioError, TypeError, ValueError) as error:
+            except (AudioError, OverflowError, TypeError, ValueError) as error:
                 raise bad_request(f"audio_fs: {error}", "audio_fs") from error
             config = replace(config, rate=rate)
         if "hotwords" in body:
@@ -138,7 +139,8 @@ class Conversation:
         self.seconds = 0.0
         self.complained = False  # about audio that is not PCM
         self.utterance: _Live | _File | None = None
-        self._utterances: asyncio.Queue[_Live | _File | None] = asyncio.Queue()
+        self._utterances: asyncio.Queue[_Live | _File | _Nothing | None] = asyncio.Queue()
+        self._places = asyncio.Semaphore(MAX_WAITING)  # without one the socket is not read
 
     async def run(self) -> None:
         """Until the client leaves."""
@@ -176,6 +178,7 @@ class Conversation:
             return
         utterance, self.utterance = self.utterance, None
         if utterance is None:
+            await self._places.acquire()
             utterance = _Nothing(self, self.config)
         self.complained = False
         utterance.acknowledge = bool(body.get("is_end"))
@@ -197,14 +200,23 @@ class Conversation:
         if self.utterance is None:
             entry = self.service.catalog.find(self.model)
             self.outcome.fields.update(model=entry.id, mode=config.mode)
-            if config.mode == "offline":
-                self.utterance = _File(self, entry, config)
-            else:
-                entry = self.service.catalog.find_live(self.model)
-                self.utterance = await _Live.open(self, entry, config)
-                self._utterances.put_nowait(self.utterance)
+            await self._places.acquire()
+            try:
+                await self._begin(entry, config)
+            except BaseException:
+                self._places.release()
+                raise
         if not self.utterance.over:
             await self.utterance.feed(data)
+
+    async def _begin(self, entry: ModelEntry, config: Config) -> None:
+        """Open an utterance."""
+        if config.mode == "offline":
+            self.utterance = _File(self, entry, config)
+        else:
+            entry = self.service.catalog.find_live(self.model)
+            self.utterance = await _Live.open(self, entry, config)
+            self._utterances.put_nowait(self.utterance)
 
     async def pump(self) -> None:
         """Tell the client the results, utterance after utterance."""
@@ -222,6 +234,7 @@ class Conversation:
                 await utterance.close()
             await utterance.ended.wait()
             self.seconds += utterance.seconds
+            self._places.release()
             if utterance.acknowledge:
                 last = {"is_end": True, **({"error": error} if error else {})}
                 await self._say(utterance.config, utterance.config.mode, "", not error, **last)

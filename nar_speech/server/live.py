@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nar_speech.engine import Final, Partial
+from nar_speech.engine.partials import keep_promise
 from nar_speech.pipelines.writers import join_texts
 from nar_speech.server.api_error import bad_request
 
@@ -102,8 +103,10 @@ class Appended:
         return self._grow(event.segment, event.text[: event.stable])
 
     def final(self, event: Final) -> str:
-        """The rest of a segment; nothing where the text does not go on from what was sent."""
-        return self._grow(event.segment, event.text)
+        """The rest of a segment. What was sent can't be taken back: where the text begins otherwise, this is
+        what it has beyond that."""
+        sent = self.sent if event.segment == self.segment else ""
+        return self._grow(event.segment, keep_promise(sent, event.text))
 
     def _grow(self, segment: int, text: str) -> str:
         if segment != self.segment:

@@ -20,6 +20,7 @@ from nar_speech.server.formats import (
     MEDIA_TYPES,
     WRITERS,
     json_body,
+    json_text,
     token_usage,
     verbose_body,
 )
@@ -213,7 +214,7 @@ async def _sse(service: Service, upload: Upload, form: Any, fields: dict[str, An
 
 def event(body: dict[str, Any]) -> str:
     """One server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {json_text(body)}\n\n"
 
 
 def _log_result(service: Service, outcome: Outcome, transcript: Transcript) -> None:

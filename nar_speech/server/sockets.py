@@ -17,6 +17,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from nar_speech.server.api_error import NORMAL, RESTART, ApiError, told
 from nar_speech.server.auth import SUBPROTOCOL, Identity
+from nar_speech.server.formats import json_text
 from nar_speech.server.logs import logger
 from nar_speech.server.service import Outcome, Service
 
@@ -63,7 +64,7 @@ class Peer:
         async with self._sending:
             self.blocked = time.monotonic()
             try:
-                await self.websocket.send_text(json.dumps(body, ensure_ascii=False))
+                await self.websocket.send_text(json_text(body))
             except (WebSocketDisconnect, RuntimeError, OSError) as error:
                 raise Gone from error
             finally:
@@ -91,7 +92,7 @@ class Peer:
 
     async def close(self, code: int, reason: str = "") -> None:
         """End the connection; never waits long, never fails."""
-        short = reason.encode()[:120].decode(errors="ignore")
+        short = reason.encode(errors="replace")[:120].decode(errors="ignore")
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self.websocket.close(code, short), CLOSE_SECONDS)
         # A client that does not read would never take the last bytes.

@@ -19,7 +19,7 @@ from nar_speech.errors import InputError
 from nar_speech.pipelines.writers import join_texts
 from nar_speech.server.api_error import ApiError, bad_request, told
 from nar_speech.server.audio_in import AudioIn
-from nar_speech.server.formats import language_code
+from nar_speech.server.formats import json_text, language_code
 from nar_speech.server.forms import hotwords
 from nar_speech.server.live import Appended, Wish
 from nar_speech.server.logs import logger
@@ -126,6 +126,7 @@ class WyomingPeer:
         self.stopped = False
         self.wanted: dict[str, Any] = {}  # of the last ``transcribe``
         self.work: _Live | _Whole | None = None
+        self.deaf = False  # to the rest of audio that was refused
         self._task: asyncio.Task | None = None
 
     def works(self) -> bool:
@@ -144,7 +145,7 @@ class WyomingPeer:
 
     async def send(self, kind: str, data: dict[str, Any] | None = None) -> None:
         """One event."""
-        coded = json.dumps(data or {}, ensure_ascii=False).encode()
+        coded = json_text(data or {}).encode()
         head = {"type": kind, "version": __version__, "data_length": len(coded)}
         self.blocked = time.monotonic()
         try:
@@ -158,6 +159,8 @@ class WyomingPeer:
         self._task = asyncio.current_task()
         limit = self.service.settings.max_message_bytes
         try:
+            if len(self.service.peers) > self.service.settings.max_connections:
+                raise self.service.busy("connections")
             while True:
                 message = await read_message(self.reader, self.service.settings.idle_seconds, limit)
                 if message is None:
@@ -168,6 +171,7 @@ class WyomingPeer:
                 except (ApiError, InputError) as error:
                     failure = told(error)
                     await self._end()
+                    self.deaf = True
                     if failure.status in (413, 429, 503):
                         raise failure from error
                     await self.send("error", {"text": failure.message, "code": failure.code})
@@ -188,14 +192,17 @@ class WyomingPeer:
             self.wanted = data
         elif kind == "audio-start":
             await self._end()
+            self.deaf = False
             self.work = await self._begin(data, outcome)
-        elif kind == "audio-chunk":
+        elif kind == "audio-chunk" and not self.deaf:
             if self.work is None:
                 self.work = await self._begin(data, outcome)
             await self.work.feed(message.payload)
-        elif kind == "audio-stop" and self.work is not None:
-            await self.work.finish()
-            await self._end()
+        elif kind == "audio-stop":
+            self.deaf = False
+            if self.work is not None:
+                await self.work.finish()
+                await self._end()
 
     async def _end(self) -> None:
         work, self.work = self.work, None
@@ -206,14 +213,14 @@ class WyomingPeer:
         who = self.service.keyring.anonymous
         self.service.admit(who, API)
         width = data.get("width", 2)
-        if width not in ENCODINGS:
+        if isinstance(width, bool) or not isinstance(width, int) or width not in ENCODINGS:
             raise bad_request(f"width: got {width!r}; must be 1 to 4 bytes", "width")
         entry = self.service.catalog.find(str(self.wanted.get("name") or "default"))
         rate, channels = data.get("rate", 16000), data.get("channels", 1)
         audio = AudioIn(ENCODINGS[width], rate, entry.stream_rate, channels)
         language = self.wanted.get("language")
-        given = [w for w in (self.wanted.get("transcript_terms") or ()) if isinstance(w, str)]
-        hints = hotwords([*given, *(self.wanted.get("transcript_names") or ())][:200], "transcript_terms")
+        given = [*_texts(self.wanted.get("transcript_terms")), *_texts(self.wanted.get("transcript_names"))]
+        hints = hotwords(given[:200], "transcript_terms")
         code = language_code(language) if isinstance(language, str) else None
         code = code if code in entry.languages else None  # Home Assistant asks in the language of the house
         wish = Wish(code, (), hints, None)
@@ -223,6 +230,10 @@ class WyomingPeer:
         holder = contextlib.AsyncExitStack()
         stream = await holder.enter_async_context(self.service.open_stream(entry, who, API, audio, wish))
         return _Live(self, stream, holder)
+
+
+def _texts(value: Any) -> list[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
 class _Live:

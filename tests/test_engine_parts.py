@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.toy_models import ERROR_LEVEL, ToyStream
+from nar_speech.engine.asr import LONGEST
 from nar_speech.engine.buffer import BLOCK, AudioBuffer, History
 from nar_speech.engine.graphs import SOUND, Packing, Staging, Stepper, stable_sizes
+from nar_speech.engine.options import EngineOptions
 from nar_speech.engine.session import Session, Work
 from nar_speech.engine.slots import PRISTINE, RESERVED, SCRATCH, SMALLEST, SlotStore, finite_rows
 from nar_speech.errors import (
@@ -59,6 +61,16 @@ def test_buffer_memory_follows_the_audio_not_the_pieces():
         buffer.append(ramp(1, i), i * 1e-5)
     assert len(buffer._blocks) == 2
     assert len(buffer._arrivals) <= 20
+
+
+@pytest.mark.parametrize("chunk", [0.6, 0.64, 5.12])
+def test_history_holds_an_utterance_that_nobody_ends(chunk):
+    """All of it: it is cut at the first chunk beyond its greatest length, and heard again as a whole."""
+    rate, size = 1000, round(1000 * chunk)
+    history = History(round(EngineOptions().history * rate))
+    while history.end <= LONGEST * rate:
+        history.append(ramp(size, history.end))
+    assert np.array_equal(history.get(0, history.end), ramp(history.end))
 
 
 def test_history_keeps_the_end_and_forgets_what_is_not_needed():

@@ -52,7 +52,7 @@ class EngineOptions:
     backlog: float = 30.0
     idle: float = 120.0
     longest: float = 4 * 3600.0
-    history: float = 60.0
+    history: float = 70.0  # an utterance that nobody ends has 60 s and a chunk
     max_events: int = 1000
     offline_waiting: float = 3600.0
     offline_batch: float = 60.0

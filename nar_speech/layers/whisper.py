@@ -351,8 +351,8 @@ class WhisperEncoder(nn.Module):
             raise ConfigError("chunk_size: 0; only a Whisper encoder trained in chunks takes streams")
         if (chunk_size or config.chunk_size) != config.chunk_size or left not in (None, config.left):
             raise ConfigError(
-                f"chunk_size {chunk_size}, left {left}: this encoder was trained with chunks of"
-                f" {config.chunk_size} frames that see {config.left} frames before them"
+                f"chunk_size, left: this encoder knows one chunk size, {config.chunk_size} frames that see"
+                f" {config.left} before them; leave both out"
             )
         later = config.chunk_size * self.frame_stride
         return Chunking(later + 1, later, config.chunk_size, config.left)
@@ -499,10 +499,13 @@ class WhisperEncoder(nn.Module):
 
 
 def both(keys: Tensor | None, chunks: Tensor | None) -> Tensor | None:
-    """(B, 1, 1, T) or (B, 1, T, T) bool: what keys and chunk mask (T, T) allow; None is everything."""
+    """(B, 1, 1, T) or (B, 1, T, T) bool: what keys and chunk mask (T, T) allow; None is everything.
+
+    A frame always sees itself: one of padding that sees nothing else would be NaN, and so would soon be all.
+    """
     if keys is None or chunks is None:
         return keys if chunks is None else chunks[None, None]
-    return keys & chunks
+    return (keys & chunks) | torch.eye(len(chunks), dtype=torch.bool, device=chunks.device)
 
 
 def step_keys(caches: tuple[Tensor, ...], cached: Tensor, counts: Tensor, frames: int) -> Tensor:

@@ -17,7 +17,7 @@ from websockets.sync.client import connect
 from nar_speech.server import funasr
 from nar_speech.server.auth import Limits, read_keys
 from nar_speech.server.settings import Settings
-from tests.tone_model import ServerThread, pcm, the_end, tone, tone_entry
+from tests.tone_model import ServerThread, pcm, the_end, tone, tone_entry, wait_for
 
 FIRST = {
     "chunk_size": [5, 10, 5],
@@ -152,6 +152,19 @@ def test_rates_that_are_none_are_told(server, rate):
         assert "audio_fs" in json.loads(socket.recv(60))["error"]
         socket.send(json.dumps({"is_speaking": False}))
         assert json.loads(socket.recv(60))["is_final"]
+
+
+def test_clients_that_leave_when_all_was_said_are_no_cancelled_ones():
+    name = "nar_speech_request_duration_seconds_count"
+    ok, cancelled = ({"api": "funasr", "mode": "websocket", "outcome": o} for o in ("ok", "cancelled"))
+    with ServerThread(Settings(port=0), *tone_entry()) as running:
+        value = running.service.metrics.registry.get_sample_value
+        OfficialClient(f"{running.ws}/funasr", "2pass", pcm(tone("ab")))
+        wait_for(lambda: value(name, ok) == 1)
+        with connect(f"{running.ws}/funasr") as socket:
+            socket.send(json.dumps({"mode": "online"}))
+            socket.send(pcm(tone("ab")))
+        wait_for(lambda: value(name, cancelled) == 1)
 
 
 @pytest.mark.parametrize("audio", [b"", bytes(3200)])

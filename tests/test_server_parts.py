@@ -7,6 +7,7 @@ import tests.server_extra  # noqa: F401  skips this file where the extra is miss
 import io
 import json
 import logging
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -164,6 +165,19 @@ def test_without_keys_everybody_may_come_in_but_not_with_a_secret_that_has_ended
     assert expires == 160
     now[0] = 161.0
     assert keyring.check(value) is None
+
+
+def test_secrets_take_little_memory():
+    """However many lists of lists are in their sessions."""
+    keyring = Keyring({})
+    tracemalloc.start()
+    value, _ = keyring.make_secret(keyring.anonymous, json.loads(f'{{"x": [{"[]," * 5000}[]]}}'), 60)
+    for _ in range(99):
+        keyring.make_secret(keyring.anonymous, json.loads(f'{{"x": [{"[]," * 5000}[]]}}'), 60)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used < 100 * 25_000
+    assert keyring.check(value).session == {"x": [[]] * 5001}
 
 
 def test_requests_a_minute_and_audio_a_day():

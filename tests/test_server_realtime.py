@@ -17,7 +17,7 @@ from websockets.sync.client import connect
 
 from nar_speech.server.auth import Limits, read_keys
 from nar_speech.server.settings import Settings
-from tests.tone_model import ServerThread, pcm, the_end, tone, tone_entry
+from tests.tone_model import ServerThread, pcm, the_end, tone, tone_entry, wait_for
 
 KEY = "secret-key-of-ada"
 DELTA = "conversation.item.input_audio_transcription.delta"
@@ -310,9 +310,49 @@ def test_secrets_for_browsers(server):
     for wrong in ({"expires_after": {"seconds": 5}}, {"session": {"type": "realtime"}}, {"session": []}):
         assert httpx.post(address, json=wrong, headers=headers).status_code == 400
     assert httpx.post(address, content=b"{", headers=headers).status_code == 400
-    assert httpx.post(address, content=b" " * (2 << 20), headers=headers).status_code == 413
+    assert httpx.post(address, content=b" " * (17 << 10), headers=headers).status_code == 413
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY) as client:
         assert client.realtime.client_secrets.create(session=session(VAD)).value.startswith("ek_")
+
+
+def outcomes(server, count):
+    """Outcomes of the next connection, once the metrics have ``count`` of them."""
+    name = "nar_speech_request_duration_seconds_count"
+    labels = [{"api": "realtime", "mode": "websocket", "outcome": o} for o in ("ok", "cancelled")]
+
+    def values():
+        return [server.service.metrics.registry.get_sample_value(name, which) or 0 for which in labels]
+
+    wait_for(lambda: sum(values()) == count)
+    return values()
+
+
+def test_clients_that_leave_when_all_was_said_are_no_cancelled_ones():
+    with ServerThread(Settings(port=0), *tone_entry()) as running:
+        with raw(running, key=None) as socket:
+            say(socket, "session.update", session=session(None, 16000))
+            socket.send(pcm(tone("ab")))
+            say(socket, "input_audio_buffer.commit")
+            hear(socket, COMPLETED)
+        assert outcomes(running, 1) == [1, 0]
+        with raw(running, key=None) as socket:
+            say(socket, "session.update", session=session(None, 16000))
+            socket.send(pcm(tone("ab")))
+        assert outcomes(running, 2) == [1, 1]
+
+
+def test_half_characters_come_back_as_question_marks(server):
+    with raw(server) as socket:
+        halves = {**session(None, 16000), "audio": {"input": {"transcription": {"prompt": "\ud800"}}}}
+        say(socket, "session.update", session=halves)
+        told = hear(socket, "session.updated")["session"]["audio"]["input"]["transcription"]
+        assert told["prompt"] == "?"
+    headers = {"Authorization": f"Bearer {KEY}"}
+    address = f"{server.url}/v1/realtime/client_secrets"
+    answer = httpx.post(address, content=json.dumps({"session": halves}), headers=headers)
+    assert answer.status_code == 200
+    answer = httpx.post(address, content='{"session": {"type": "\\ud800"}}', headers=headers)
+    assert answer.status_code == 400
 
 
 def test_nonsense_without_end_is_ended(server):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import os
 import secrets
 import time
@@ -118,7 +119,7 @@ class Keyring:
     ):
         self.keys, self.clock = keys, clock
         self.anonymous = Identity("anonymous", anonymous or Limits())
-        self._secrets: dict[bytes, tuple[float, Identity]] = {}
+        self._secrets: dict[bytes, tuple[float, Identity, str]] = {}  # the session as JSON: it is smaller
 
     def check(self, key: str | None) -> Identity | None:
         """Whose key it is; None: it is not known."""
@@ -129,9 +130,9 @@ class Keyring:
                 found = identity
         if found is not None and key:
             return found
-        expires, identity = self._secrets.get(digest, (0.0, None))
-        if identity is not None and key:
-            return identity if expires > self.clock() else None
+        if key and digest in self._secrets:
+            expires, identity, session = self._secrets[digest]
+            return replace(identity, session=json.loads(session)) if expires > self.clock() else None
         return self.anonymous if not self.keys else None
 
     def make_secret(self, identity: Identity, session: dict[str, Any], seconds: float) -> tuple[str, int]:
@@ -142,7 +143,7 @@ class Keyring:
             while len(self._secrets) >= MAX_SECRETS:
                 del self._secrets[next(iter(self._secrets))]  # the oldest
         value = f"ek_{secrets.token_urlsafe(24)}"
-        self._secrets[_digest(value)] = (now + seconds, replace(identity, session=session))
+        self._secrets[_digest(value)] = (now + seconds, identity, json.dumps(session))
         return value, int(now + seconds)
 
 

@@ -136,6 +136,7 @@ class Conversation:
         self.config = Config()
         self.busy = False  # whether an utterance is being recognised
         peer.works = lambda: self.busy or self.utterance is not None
+        peer.served = lambda: not (peer.works() or self._utterances.qsize())
         self.seconds = 0.0
         self.complained = False  # about audio that is not PCM
         self.utterance: _Live | _File | None = None

@@ -32,7 +32,7 @@ from nar_speech.types import Segment, Transcript
 
 API = "openai_http"
 MULTIPART_OVERHEAD = 2 << 20  # fields and boundaries around the file
-MAX_JSON = 1 << 20
+MAX_JSON = 16 << 10  # bytes; thousands of secrets remember their session for hours
 T = TypeVar("T")
 router = APIRouter()
 
@@ -264,7 +264,7 @@ async def json_object(request: Request) -> dict[str, Any]:
     async for part in request.stream():
         data += part
         if len(data) > MAX_JSON:
-            raise ApiError(413, "the body is larger than 1 MiB", "too_large")
+            raise ApiError(413, f"the body is larger than {MAX_JSON >> 10} KiB", "too_large")
     try:
         body = json.loads(data or b"{}")
     except (ValueError, RecursionError) as error:

@@ -86,6 +86,7 @@ class Conversation:
         self.service = peer.service
         self.id = new_id("sess")
         peer.works = lambda: self.stream is not None
+        peer.served = self._served
         self.stream: LiveStream | None = None
         self.entry: ModelEntry | None = None
         self.two_pass = False
@@ -112,6 +113,11 @@ class Conversation:
                 self.base + (self.stream.seconds if self.stream else 0), 3
             )
             await self._holder.aclose()
+
+    def _served(self) -> bool:
+        """Whether every item is complete, and there is no audio that the client has yet to commit."""
+        to_commit = self.config.turn is None and self.uncommitted
+        return not (self.pending or self.waiting or self.item or to_commit)
 
     async def read(self) -> None:
         """Handle the client's events until it leaves."""

@@ -53,6 +53,8 @@ class Peer:
         self.stopped = False
         self.cut = ""  # why the watchdog cut it off
         self.works: Callable[[], bool] = lambda: False  # whether it rightly waits without sending
+        self.served: Callable[[], bool] = lambda: False  # whether a client that leaves now misses nothing
+        self.left_served = False
         self._sending = asyncio.Lock()
 
     async def send(self, body: dict[str, Any]) -> None:
@@ -81,6 +83,7 @@ class Peer:
         except RuntimeError as error:
             raise Gone from error
         if message["type"] == "websocket.disconnect":
+            self.left_served = self.served()
             raise Gone
         self.heard = time.monotonic()
         text = message.get("text")
@@ -149,7 +152,7 @@ async def serve(
                 service.admit(who, api)
                 await handle(peer, who, outcome)
             except Gone:
-                outcome.value = "cancelled" if not peer.cut else "cut"
+                outcome.value = "cut" if peer.cut else "ok" if peer.left_served else "cancelled"
                 outcome.fields["reason"] = peer.cut or None
     except Stopped:
         code, reason = RESTART, "the server restarts"

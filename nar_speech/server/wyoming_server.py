@@ -164,6 +164,7 @@ class WyomingPeer:
             while True:
                 message = await read_message(self.reader, self.service.settings.idle_seconds, limit)
                 if message is None:
+                    outcome.value = "ok" if self.work is None else "cancelled"
                     return
                 self.heard = time.monotonic()
                 try:

@@ -147,6 +147,26 @@ def test_draining_lets_streams_finish_and_refuses_others():
             httpx.get(running.url)
 
 
+@pytest.mark.parametrize("second", [True, False])
+def test_the_last_text_of_a_slow_model_is_waited_for(second):
+    entries, models = tone_entry(second)
+    model = models["tones:online"]
+    step = model.step
+    with ServerThread(Settings(port=0), entries, models) as running:
+        model.step = lambda *inputs: (time.sleep(0.3), step(*inputs))[1]
+        with connect(f"{running.ws}/v1/stream?endpoint=off") as socket:
+            socket.recv(timeout=60)
+            socket.send(pcm(tone("abc")))
+            wait_for(lambda: any(s.samples for s in list(running.service.streams)))
+            stop = threading.Thread(target=lambda: running.call(running.server.stop(0.0), 60))
+            stop.start()
+            heard, closed = the_end(socket)
+        stop.join(60)
+    texts = [m["text"] for m in heard if m["type"] == "final"]
+    assert texts == (["abc", "Abc."] if second else ["abc"])
+    assert (closed.code, closed.reason) == (1012, "the server restarts")
+
+
 def test_an_idle_server_stops_at_once():
     with ServerThread(Settings(port=0), *tone_entry()) as running:
         begun = time.monotonic()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect
 
+from nar_speech.server import service
 from nar_speech.server.settings import Settings
 from tests.tone_model import (
     CHUNK,
@@ -158,6 +159,25 @@ def test_idle_streams_are_closed():
         heard, closed = the_end(socket_, pcm(tone("abc")))
     assert (closed.code, heard[-1]["error"]["code"]) == (1001, "session_idle")
     assert [m["text"] for m in heard if m["type"] == "final" and m["source"] == "offline"] == ["Abc."]
+
+
+def test_a_stream_that_is_too_long_is_told_what_was_heard():
+    settings = Settings(port=0, max_stream_seconds=1.0)
+    with ServerThread(settings, *tone_entry()) as running, stream(running) as socket_:
+        heard, closed = the_end(socket_, pcm(tone("abcdefgh")))
+    assert [m["text"] for m in heard if m["type"] == "final"] == ["abcde", "Abcde."]
+    assert (closed.code, heard[-1]["error"]["code"]) == (1009, "stream_too_long")
+
+
+@pytest.mark.parametrize("path", ["funasr", "v1/realtime?intent=transcription"])
+def test_a_client_that_says_nothing_is_told_why_it_has_to_go(path, monkeypatch):
+    monkeypatch.setattr(service, "IDLE_GRACE", 0.1)
+    settings = Settings(port=0, idle_seconds=0.2)
+    with ServerThread(settings, *tone_entry()) as running, connect(f"{running.ws}/{path}") as socket_:
+        heard, closed = the_end(socket_)
+        assert "no audio came" in json.dumps(heard[-1])
+        assert closed.code == 1001
+        wait_for(lambda: not running.service.peers)
 
 
 def test_no_more_streams_than_there_are_places(server):

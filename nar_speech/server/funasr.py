@@ -385,6 +385,8 @@ class _File:
         self.size += len(data)
         limit = self.talk.service.settings.max_upload_bytes
         if self.size > limit:
+            self.talk.utterance = None
+            self.file.close()
             raise ApiError(413, f"the recording is larger than {limit >> 20} MiB", "too_large")
         self.file.write(data)
 

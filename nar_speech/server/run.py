@@ -18,7 +18,7 @@ from nar_speech.server.app import build_app, build_funasr_app
 from nar_speech.server.auth import Keyring, read_keys
 from nar_speech.server.logs import logger
 from nar_speech.server.models import load_models
-from nar_speech.server.service import Catalog, Service
+from nar_speech.server.service import LAST_WORDS, Catalog, Service
 from nar_speech.server.settings import Settings
 from nar_speech.server.wyoming_server import WyomingServer
 
@@ -130,13 +130,13 @@ class Server:
         self.ports[name] = sock.getsockname()[1]
         return sock
 
-    async def stop(self, drain: float | None = None) -> bool:
-        """Drain, then close all ports.
+    async def stop(self, drain: float | None = None, flush: float = LAST_WORDS) -> bool:
+        """Drain, then close all ports; see :meth:`Service.drain`.
 
         Returns:
             whether everything ended by itself.
         """
-        clean = await self.service.drain(drain)
+        clean = await self.service.drain(drain, flush)
         if self._wyoming is not None:
             await self._wyoming.stop()
         for server, _ in self._servers:
@@ -165,7 +165,7 @@ async def serve_until_signal(service: Service, ready: Callable[[Server], None] |
         logger.warning("ending at once")
         stop.cancel()
         await asyncio.gather(stop, return_exceptions=True)
-        await Server.stop(server, 0.0)
+        await server.stop(0.0, 0.0)
     again.cancel()
 
 

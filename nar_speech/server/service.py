@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 BUSY_RETRY = 2.0  # seconds a refused client should wait
 DRAIN_POLL = 0.05
 WATCH_SECONDS = 0.5
+LAST_WORDS = 10.0  # seconds in which streams that the server ends can tell their last text
 IDLE_GRACE = 10.0  # the engine ends an idle stream first, with a word to the client
 
 
@@ -320,7 +321,7 @@ class Service:
                     self.metrics.slow_readers.labels(peer.api).inc()
                     peer.abort("slow_reader")
                 elif now - peer.heard > self.settings.idle_seconds + IDLE_GRACE and not peer.works():
-                    peer.abort("idle")
+                    peer.expire()
 
     @asynccontextmanager
     async def upload_turn(self) -> AsyncIterator[None]:
@@ -358,8 +359,11 @@ class Service:
         """Streams and files that are not finished."""
         return len(self.streams) + self._uploads + self._waiting
 
-    async def drain(self, limit: float | None = None) -> bool:
+    async def drain(self, limit: float | None = None, flush: float = LAST_WORDS) -> bool:
         """Refuse what is new, wait for what is open, at most ``limit`` seconds, then end it.
+
+        Args:
+            flush: seconds that clients may take to hear what was recognised until then.
 
         Returns:
             whether everything ended by itself.
@@ -371,11 +375,14 @@ class Service:
         deadline = time.monotonic() + limit
         while self.at_work and time.monotonic() < deadline:
             await asyncio.sleep(DRAIN_POLL)
-        clean = not self.at_work
+        cut_off = self.at_work
         for peer in list(self.peers):
             peer.interrupt()
-        logger.info("drained", extra={"clean": clean, "cut_off": self.at_work})
-        return clean
+        deadline = time.monotonic() + flush
+        while self.peers and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_POLL)
+        logger.info("drained", extra={"clean": not cut_off, "cut_off": cut_off})
+        return not cut_off
 
     def close(self) -> None:
         """Free threads; the engine belongs to who made it."""

@@ -26,6 +26,7 @@ CLOSE_SECONDS, ABORT_SECONDS = 2.0, 12.0
 MAX_BAD_MESSAGES = 50  # in a row
 GOING_AWAY = 1001
 FATAL = (401, 408, 413, 429, 503)  # errors after which a connection is closed
+LIMITS = (413, 429)  # of audio, among them
 
 ErrorBody = Callable[[ApiError], dict[str, Any]]
 
@@ -50,7 +51,7 @@ class Peer:
         self.heard = time.monotonic()  # when the last message came
         self.blocked: float | None = None  # since when a message waits to be sent
         self.reader: asyncio.Task | None = None
-        self.stopped = False
+        self.stopped = self.expired = False
         self.cut = ""  # why the watchdog cut it off
         self.works: Callable[[], bool] = lambda: False  # whether it rightly waits without sending
         self.served: Callable[[], bool] = lambda: False  # whether a client that leaves now misses nothing
@@ -112,6 +113,14 @@ class Peer:
         abort = self.websocket.scope.get("state", {}).get("abort")
         if abort is not None:
             abort()
+
+    def expire(self) -> None:
+        """Nothing was heard for too long: end this client as if the server ended, with another reason."""
+        if self.reader is None:
+            return self.abort("idle")
+        if not self.expired:
+            self.expired = True
+            self.reader.cancel()
 
     def interrupt(self) -> None:
         """The server ends: stop reading, so that what was said can be finished."""
@@ -198,6 +207,11 @@ async def both(
                 await finish()
                 await asyncio.wait([writer], timeout=FLUSH_SECONDS)
             else:
+                error = reader.exception()
+                if isinstance(error, ApiError) and error.status in LIMITS:  # what was said before is told
+                    with contextlib.suppress(ApiError):
+                        await finish()
+                    await asyncio.wait([writer], timeout=FLUSH_SECONDS)
                 reader.result()  # raises what ended it
                 await writer
         if peer.cut:
@@ -206,6 +220,8 @@ async def both(
             writer.result()
         if peer.stopped:
             raise Stopped
+        if peer.expired:
+            raise session_over("idle")
         if reader.done() and not reader.cancelled():
             reader.result()
     finally:

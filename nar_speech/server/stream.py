@@ -102,9 +102,11 @@ class LiveStream:
     async def finish(self) -> None:
         """No more audio will come; ``Closed`` follows the last event."""
         if not self._finished:
-            await self._give(self.audio.flush())
             self._finished = True
-            self._call(self._session.finish)
+            try:
+                await self._give(self.audio.flush())
+            finally:  # whatever limit was passed
+                self._call(self._session.finish)
 
     def cancel(self) -> None:
         """Forget it. May be called at any time, more than once."""

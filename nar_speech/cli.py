@@ -19,6 +19,7 @@ from nar_speech.cli_options import (
     decoding_options,
     model_options,
     positive,
+    refuse_idle,
     refuse_stream_options,
     stream_options,
 )
@@ -112,9 +113,11 @@ def _load(options: argparse.Namespace, **decoding: Any) -> Transcriber:
     if options.threads:
         torch.set_num_threads(options.threads)
     decoding.update(decoding_of(options))
-    return load_model(
+    transcriber = load_model(
         options.model, options.device, options.dtype, options.cache_dir, options.offline, **decoding
     )
+    refuse_idle(transcriber, decoding)
+    return transcriber
 
 
 def _describe_transcribe(parser: argparse.ArgumentParser) -> None:

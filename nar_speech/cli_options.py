@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nar_speech.errors import ConfigError, InputError
 
+if TYPE_CHECKING:
+    from nar_speech.pipelines.transcribe import Transcriber
+
 DECODERS = ("auto", "paraformer", "ctc_greedy", "ctc_beam", "attention_rescoring")
-MAX_THREADS = 1024
+MAX_THREADS, MAX_STREAMS = 1024, 256
+MAX_CHUNK, MAX_LEFT = 1024, 8192  # frames of an encoder: each stream holds so many
 
 
 def _number(text: str) -> float:
@@ -40,18 +44,22 @@ def positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
-def _whole(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"got '{text}'; must be a whole number, 0 or more")
+def _left(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= MAX_LEFT):
+        raise argparse.ArgumentTypeError(f"got '{text}'; must be a whole number, 0 to {MAX_LEFT}")
     return int(text)
 
 
-def _threads(text: str) -> int:
-    """PyTorch starts as many as it is told; thousands bring the machine down."""
-    threads = positive(int)(text)
-    if threads > MAX_THREADS:
-        raise argparse.ArgumentTypeError(f"got {threads}; must be 1 to {MAX_THREADS}")
-    return threads
+def _up_to(most: int) -> Callable[[str], int]:
+    """A parser of whole numbers from 1: no more threads, open files or frames than a machine bears."""
+
+    def parse(text: str) -> int:
+        number = positive(int)(text)
+        if number > most:
+            raise argparse.ArgumentTypeError(f"got {number}; must be 1 to {most}")
+        return number
+
+    return parse
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +77,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "fp32", "bfloat16", "bf16", "int8"),
         help="auto: what this processor computes fastest; int8: CPU only",
     )
-    group.add_argument("--threads", type=_threads, metavar="N", help="CPU threads of PyTorch")
+    group.add_argument("--threads", type=_up_to(MAX_THREADS), metavar="N", help="CPU threads of PyTorch")
 
 
 def decoding_options(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +128,19 @@ def decoding_of(options: argparse.Namespace) -> dict[str, Any]:
     return decoding
 
 
+def refuse_idle(transcriber: Transcriber, given: Collection[str]) -> None:
+    """Options of :func:`decoding_of` that change nothing with this model and the other options.
+
+    Raises:
+        ConfigError: which, and what to do.
+    """
+    from nar_speech.pipelines.recognize import idle_option
+
+    idle = idle_option(transcriber.recognizer.network, transcriber.decoding, given)
+    if idle is not None:
+        raise ConfigError(f"--{idle[0].replace('_', '-')}: {idle[1]}")
+
+
 def _hotwords(text: str) -> tuple[str, ...]:
     """Lines of the file ``text``, or its parts between commas."""
     path = Path(text)
@@ -149,14 +170,14 @@ def stream_options(parser: argparse.ArgumentParser) -> None:
         help="offline model that corrects finished utterances (default: the embedded one for the embedded"
         " streaming model; else the model itself, where it can)",
     )
-    group.add_argument("--max-streams", type=positive(int), metavar="N", help="files heard at once (8)")
+    group.add_argument("--max-streams", type=_up_to(MAX_STREAMS), metavar="N", help="files heard at once (8)")
     group.add_argument(
         "--chunk-size",
-        type=positive(int),
+        type=_up_to(MAX_CHUNK),
         metavar="N",
         help="of CTC models: encoder frames of a chunk (default: as model.yaml says)",
     )
-    group.add_argument("--left", type=_whole, metavar="N", help="frames before a chunk that it sees")
+    group.add_argument("--left", type=_left, metavar="N", help="frames before a chunk that it sees")
 
 
 def refuse_stream_options(options: argparse.Namespace) -> None:

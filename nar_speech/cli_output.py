@@ -126,8 +126,9 @@ def _check(options: argparse.Namespace, count: int, several: bool, folder: bool)
         )
     if options.resume and not folder:
         raise ConfigError("--resume: works with an output folder; add -o FOLDER/")
-    if options.word_times and options.format == "tsv":
-        raise ConfigError("--word-times: tsv lists segments; use --format txt or json")
+    if options.word_times and options.format not in ("txt", "json", "jsonl"):
+        content = "segments" if options.format == "tsv" else "cues"
+        raise ConfigError(f"--word-times: {options.format} lists {content}; use --format txt or json")
     if options.nbest > 1 and options.format not in ("json", "jsonl"):
         raise ConfigError("--nbest: hypotheses are listed in json only; add --format json")
     if options.plot and (count != 1 or options.inputs[0] == "-"):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
-from nar_speech.cli_options import decoding_of
+from nar_speech.cli_options import decoding_of, refuse_idle
 from nar_speech.cli_output import OK, Work, known_seconds, rendered, sink
 from nar_speech.errors import AudioError, ConfigError, InputError
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MAX_STREAMS = 8
 READ_BYTES = 8192  # at most at once; a pipe gives what it has
 MAGIC = 4  # bytes that tell a file from samples
-CONTAINERS = (b"RIFF", b"fLaC", b"OggS")
+CONTAINERS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd", b"ID3", b"\x1aE\xdf\xa3")
 REFRESH = 0.05  # seconds between two drawings of the status line
 ERASE = "\r\x1b[K"
 NOT_TAKEN = {  # options that have no meaning for streams
@@ -81,6 +81,7 @@ def check(options: argparse.Namespace) -> tuple[str, str | None]:
     Raises:
         ConfigError: options that make no sense together.
     """
+    from nar_speech.hub import DEFAULT_MODEL, TWIN
     from nar_speech.server.settings import ModelSpec
 
     for name, why in NOT_TAKEN.items():
@@ -91,6 +92,8 @@ def check(options: argparse.Namespace) -> tuple[str, str | None]:
     if "-" in options.inputs:
         if len(options.inputs) > 1:
             raise ConfigError("-: live speech is heard alone; leave the other inputs out")
+        if options.max_streams is not None:
+            raise ConfigError("--max-streams: is of files; leave it out with -")
         if sys.stdin.isatty():
             raise ConfigError(
                 "standard input: is a terminal; send samples, for example: arecord -f S16_LE -r 16000 -c 1"
@@ -103,6 +106,11 @@ def check(options: argparse.Namespace) -> tuple[str, str | None]:
         return spec.sources[0], options.second_pass
     if options.second_pass is not None:
         raise ConfigError(f"--second-pass: --model {options.model} names it already; leave one out")
+    if spec.sources[1] in ("default", DEFAULT_MODEL):
+        raise ConfigError(
+            f"--model {options.model}: the second is the streaming model, and {spec.sources[1]} hears files"
+            f" only; {DEFAULT_MODEL}+{TWIN} is the embedded pair"
+        )
     return spec.sources[1], spec.sources[0]
 
 
@@ -113,6 +121,7 @@ def load(options: argparse.Namespace, name: str, second: str | None) -> StreamTr
         InputError: see :meth:`nar_speech.engine.asr_files.StreamTranscriber.load`.
     """
     decoding = decoding_of(options)
+    given = tuple(decoding)
     hotwords = decoding.pop("hotwords", ())
     import torch
 
@@ -120,7 +129,7 @@ def load(options: argparse.Namespace, name: str, second: str | None) -> StreamTr
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    return StreamTranscriber.load(
+    transcriber = StreamTranscriber.load(
         name,
         second,
         options.device,
@@ -133,6 +142,9 @@ def load(options: argparse.Namespace, name: str, second: str | None) -> StreamTr
         options.max_streams or MAX_STREAMS,
         **decoding,
     )
+    if transcriber.second is not None:
+        refuse_idle(transcriber.second.transcriber, given)
+    return transcriber
 
 
 def hear_live(options: argparse.Namespace, work: Work, transcriber: StreamTranscriber, status: Status) -> int:

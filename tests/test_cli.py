@@ -266,6 +266,21 @@ def test_the_legend_of_a_plot_names_pieces_that_begin_a_word():
         (["a.wav", "--resume"], "--resume: works with an output folder"),
         (["a.wav", "--nbest", "3"], "--nbest: hypotheses are listed in json only"),
         (["a.wav", "--word-times", "--format", "tsv"], "--word-times: tsv lists segments"),
+        (["a.wav", "--word-times", "--format", "srt"], "--word-times: srt lists cues; use --format txt"),
+        (
+            ["a.wav", "--no-lm", "--lm-weight", "0.3", "--decoder", "ctc_beam"],
+            "--lm-weight: there is no",
+        ),
+        (["a.wav", "--no-lm", "--word-bonus", "1"], "--word-bonus: decoder 'ctc_greedy' has no beam"),
+        (["a.wav", "--beam", "3"], "--beam: decoder 'ctc_greedy' has no beam; use ctc_beam, or leave it out"),
+        (
+            ["a.wav", "--decoder", "ctc_beam", "--hotword-score", "3"],
+            "--hotword-score: there are no",
+        ),
+        (
+            ["a.wav", "--no-verify", "--max-passes", "2"],
+            "--max-passes: there is no verification",
+        ),
         (["a.wav", "b.flac", "--plot", "x.png"], "--plot: draws one file"),
         (["a.wav", "--decoder", "paraformer"], "decoder 'paraformer': this is a CTC model"),
         (["a.wav", "--hotwords", "ñ"], "hotword 'ñ'"),

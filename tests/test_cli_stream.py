@@ -160,7 +160,16 @@ def test_one_bad_file_does_not_stop_the_others(run, audio, texts, tmp_path):
         (("--plot", "x.png"), "--plot: draws"),
         (("--batch-seconds", "9"), "--batch-seconds: is of whole files"),
         (("--nbest", "2", "--format", "json"), "--nbest: streams have one hypothesis"),
-        (("--second-pass", "none", "--beam", "3"), "beam: is for a second pass, and there is none"),
+        (
+            ("--second-pass", "none", "--beam", "3"),
+            "for a second pass, and there is none; leave it",
+        ),
+        (("--beam", "3"), "--beam: decoder 'ctc_greedy' has no beam"),
+        (("--no-lm", "--lm-weight", "0.3"), "--lm-weight: "),
+        (("--word-times", "--format", "vtt"), "--word-times: vtt lists cues"),
+        (("--max-streams", "257"), "--max-streams: got 257; must be 1 to 256"),
+        (("--chunk-size", "100000"), "--chunk-size: got 100000; must be 1 to 1024"),
+        (("--left", "9999999"), "--left: got '9999999'; must be a whole number, 0 to 8192"),
         (("--chunk-size", "0"), "--chunk-size: got '0'; must be a whole number above 0"),
         (("--left", "-1"), "--left"),
         (("--max-streams", "x"), "--max-streams: got 'x'"),
@@ -182,6 +191,11 @@ def test_models_that_make_no_sense_are_one_line(run, folders, audio):
         ((), "offline", "recognises files only"),
         ((), f"x={folders['ctc']}", "ID= is for servers"),
         (("--second-pass", "none"), both, "names it already"),
+        (
+            (),
+            f"{folders['ctc']}+mini_en",
+            "mini_en hears files only; mini_en+mini_en_stream",
+        ),
         (("--chunk-size", "4"), "paraformer", "leave these out"),
         (("--hotwords", "ada"), "paraformer", "use one with a second pass"),
     ):
@@ -330,7 +344,10 @@ class Terminal(io.StringIO):
 def test_input_that_is_no_live_speech(run, monkeypatch, folders):
     wav = io.BytesIO()
     soundfile.write(wav, babble(0.5), RATE, format="WAV")
+    assert "--max-streams: is of files" in run("-", "--max-streams", 2)[2]
     for data, message in (
+        (b"\x1aE\xdf\xa3webm", "standard input: is an audio file"),
+        (b"ID3\x04mp3", "standard input: is an audio file"),
         (b"", "standard input: no audio; send signed 16-bit samples"),
         (b"\0", "standard input: no audio"),
         (wav.getvalue(), "standard input: is an audio file; --stream - takes raw samples"),

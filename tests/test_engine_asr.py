@@ -26,7 +26,7 @@ from nar_speech.engine.asr import SpeechModel, can_stream, load_stream
 from nar_speech.engine.asr_hearing import TokenHearing
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.layers.quantize import Int8Linear, int8_available
-from nar_speech.model_folder import StreamConfig, read_model_file, write_model_folder
+from nar_speech.model_folder import DecodingConfig, StreamConfig, read_model_file, write_model_folder
 from nar_speech.models.ctc_stream import CtcStream
 from nar_speech.models.paraformer_stream import ParaformerStream
 from nar_speech.search.ctc_stream import GreedyStream
@@ -62,6 +62,7 @@ def models(parts):
         name: SpeechModel(
             kind(parts[name].network, parts[name].frontend, **({"candidates": 8} if name == "ctc" else {})),
             parts[name].tokenizer,
+            decoding=DecodingConfig(hotword_score=6.0),
         )
         for name, kind in made.items()
     }

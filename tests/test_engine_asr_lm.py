@@ -8,7 +8,7 @@ from nar_speech import hub
 from nar_speech.checkpoint import save_safetensors
 from nar_speech.engine import Engine, EngineOptions, Final, SessionOptions
 from nar_speech.engine.asr import load_stream
-from nar_speech.engine.asr_hearing import BEAM, BLANK_SKIP
+from nar_speech.engine.asr_hearing import BLANK_SKIP
 from nar_speech.model_folder import change_model_decoding
 from nar_speech.pipelines.language_model import PRIOR_NAME, LanguageModels
 from nar_speech.pipelines.recognize import LM_CANDIDATES, LM_FLOOR
@@ -38,6 +38,8 @@ def folder(tmp_path_factory):
     change_model_decoding(
         folder,
         decoder="ctc_beam",
+        beam=7,
+        hotword_score=2.5,
         lm=str(base / "lm.safetensors"),
         lm_weight=0.4,
         prior=str(base / "prior.safetensors"),
@@ -80,7 +82,7 @@ def test_a_stream_finds_what_the_offline_beam_finds(folder):
     def search(log_probs, lm):
         limits = {"candidates": min(LM_CANDIDATES, len(PIECES)), "floor": LM_FLOOR, "recombine": True}
         return prefix_beam(
-            log_probs, out.lengths, BEAM, lm=lm, lm_weight=1.0, blank_skip=BLANK_SKIP, **limits
+            log_probs, out.lengths, decoding.beam, lm=lm, lm_weight=1.0, blank_skip=BLANK_SKIP, **limits
         )[0][0].tokens
 
     lm, prior = models(decoding), models.prior(decoding, len(PIECES))
@@ -89,6 +91,18 @@ def test_a_stream_finds_what_the_offline_beam_finds(folder):
     assert [token.id for token in final.tokens] == list(want)
     assert final.text == parts.tokenizer.decode(want)
     assert list(want) != list(search(out.log_probs, lm))  # the prior has its say
+
+
+def test_the_beam_is_as_wide_as_model_yaml_says(folder, tmp_path):
+    copy = hub.import_model(folder, tmp_path / "copy")
+    for skip in (None, 0.9):
+        change_model_decoding(copy, blank_skip=skip)
+        model = load_stream(hub.load_parts(copy), "cpu").model
+        hearing = model.hearing(None)
+        assert (hearing.search.search.beam, hearing.search.skip) == (7, np.log(skip or BLANK_SKIP))
+        graph = model.collector(SessionOptions({"hotwords": ["ab"]})).graph
+        first = model.tokenizer.encode("ab")[:1]
+        assert graph.step(np.zeros(1, np.int64), np.array(first))[0] == 2.5
 
 
 def test_a_session_with_a_language_model_moves(folder):

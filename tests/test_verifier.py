@@ -142,6 +142,9 @@ def test_command_line(folder, tmp_path, capsys):
     assert main([*words, "--no-verify"]) == 0
     assert capsys.readouterr().out != verified
     assert main([*words, "--verify", "--max-passes", "1"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--verify", "--hotwords", "a"]) == 2
+    assert "--hotwords: the verifier writes the text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])

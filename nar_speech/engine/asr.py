@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar_speech.engine.asr_hearing import CtcHearing, Hearing, TokenHearing, TokenStep
+from nar_speech.engine.asr_hearing import BLANK_SKIP, CtcHearing, Hearing, TokenHearing, TokenStep
 from nar_speech.engine.endpoint import EndpointRules
 from nar_speech.engine.events import Event, Final, Partial
 from nar_speech.engine.model import Control, EndUtterance, SecondPass, SessionOptions, StreamModel
@@ -22,6 +22,7 @@ from nar_speech.hub import LoadedModel
 from nar_speech.layers.chunks import Chunking
 from nar_speech.layers.packed import pack_linear_layers
 from nar_speech.layers.silero import SAMPLE_RATE, SileroVad
+from nar_speech.model_folder import DecodingConfig
 from nar_speech.models.ctc import CtcModel
 from nar_speech.models.ctc_stream import CtcStream
 from nar_speech.models.paraformer import Paraformer
@@ -40,7 +41,6 @@ logger = logging.getLogger(__name__)
 KNOWN = ("endpoint", "language", "hotwords", "second_pass")  # settings of a session
 ROOM_CHUNKS = 4  # before a chunk, where the encoder could see all
 CANDIDATES = 8  # symbols of each CTC frame that are read back, for hotwords
-HOTWORD_SCORE = 3.0
 LEAD = 3.0  # seconds before the first token that a second pass hears too
 LONG, LONGEST = 30.0, 60.0  # seconds: an utterance that nobody ends is ended at a pause, then anywhere
 PAUSE = 0.5  # seconds since the last token
@@ -55,6 +55,7 @@ class SpeechModel:
     Args:
         stream: audio to candidates or tokens.
         lm: language model of a CTC model's beam, with its weights.
+        decoding: ``beam``, ``blank_skip`` and ``hotword_score`` of a CTC model's beam.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class SpeechModel:
         tokenizer: Tokenizer,
         name: str = "",
         lm: Scorer | None = None,
+        decoding: DecodingConfig | None = None,
     ):
         self.stream, self.tokenizer, self.lm = stream, tokenizer, lm
+        self.decoding = decoding or DecodingConfig()
         self.sample_rate, self.chunk = stream.sample_rate, stream.chunk
         self.first = getattr(stream, "first", stream.chunk)
         self.device = torch.device(stream.device)
@@ -88,7 +91,8 @@ class SpeechModel:
         """Of one utterance."""
         if self.ctc:
             blank = self.stream.network.config.blank
-            return CtcHearing(blank, self.stream.frame_seconds, graph, self.lm)
+            beam, skip = self.decoding.beam, self.decoding.blank_skip or BLANK_SKIP
+            return CtcHearing(blank, self.stream.frame_seconds, graph, self.lm, beam, skip)
         return TokenHearing(self.stream.frontend.frontend.frame_shift)
 
     def collector(self, options: SessionOptions) -> TextCollector:
@@ -108,7 +112,7 @@ class SpeechModel:
             raise ConfigError("settings: second_pass: expected a mapping with the name of a batch model")
         words = settings.get("hotwords") or ()
         if words and self.ctc:
-            graph = make_bias(tuple(words), self.tokenizer, HOTWORD_SCORE).graph
+            graph = make_bias(tuple(words), self.tokenizer, self.decoding.hotword_score).graph
         elif words and second is None:
             raise ConfigError("hotwords: this streaming model takes none; use one with a second pass")
         kind = TextCollector if second is None else TwoPassTextCollector
@@ -324,11 +328,12 @@ def load_stream(
     else:
         chunking = chunking_of(parts, chunk_size, left)
         lm, adjust = language_model(parts, place)
-        candidates = min(CANDIDATES if lm is None else LM_CANDIDATES, network.config.vocab_size)
+        wanted = CANDIDATES if lm is None else max(LM_CANDIDATES, parts.decoding.beam)
+        candidates = min(wanted, network.config.vocab_size)
         stream = CtcStream(network, frontend, chunking, candidates, adjust)
     if stream.sample_rate != SAMPLE_RATE:
         raise ConfigError(
             f"model '{parts.card.name}': hears {stream.sample_rate} Hz; live speech needs 16000"
         )
-    model = SpeechModel(stream, parts.tokenizer, parts.card.name, lm)
+    model = SpeechModel(stream, parts.tokenizer, parts.card.name, lm, parts.decoding)
     return WithVad(model, SileroVad.from_package(), EndpointRules())

@@ -106,7 +106,10 @@ class StreamTranscriber:
         elif isinstance(parts.network, Paraformer):
             again = None
         if again is None and decoding:
-            raise ConfigError(f"{next(iter(decoding))}: is for a second pass, and there is none")
+            raise ConfigError(
+                f"{next(iter(decoding))}: is for a second pass, and there is none; leave it out, or name a"
+                " model for that (second_pass)"
+            )
         model = load_stream(parts, device, dtype, chunk_size, left)
         second = None
         if again is not None:

@@ -17,7 +17,8 @@ from nar_speech.search.ctc import token_borders
 from nar_speech.search.ctc_stream import BeamStream, GreedyStream
 from nar_speech.search.prefix_beam import Scorer
 
-BEAM, BEAM_MARGIN, BLANK_SKIP = 8, 12.0, 0.99
+BEAM_MARGIN = 12.0
+BLANK_SKIP = 0.99  # where the model names none: live searches can't afford a beam over silence
 TOKEN_SECONDS = 0.6  # a token of a Paraformer is not longer; what is left is silence
 
 
@@ -53,14 +54,20 @@ class CtcHearing:
     """Greedy search; a beam where ``graph`` favours words or with a language model, its weights inside."""
 
     def __init__(
-        self, blank: int, frame_seconds: float, graph: ContextGraph | None, lm: Scorer | None = None
+        self,
+        blank: int,
+        frame_seconds: float,
+        graph: ContextGraph | None,
+        lm: Scorer | None,
+        beam: int,
+        blank_skip: float,
     ):
         self.frame_seconds, self.beam = frame_seconds, graph is not None or lm is not None
         self.agreement = 2 if self.beam else 1
         self.search: Any = GreedyStream(blank)
         if self.beam:
             limits = {} if lm is None else {"lm": lm, "lm_weight": 1.0, "floor": LM_FLOOR, "recombine": True}
-            self.search = BeamStream(BEAM, blank, graph, blank_skip=BLANK_SKIP, margin=BEAM_MARGIN, **limits)
+            self.search = BeamStream(beam, blank, graph, blank_skip=blank_skip, margin=BEAM_MARGIN, **limits)
 
     def push(self, row: Mapping[str, np.ndarray]) -> None:
         """See :class:`nar_speech.models.ctc_stream.CtcFrames`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -129,6 +129,34 @@ def choose(network: nn.Module, decoding: DecodingConfig) -> str:
     if name == "ctc_greedy" and decoding.nbest > 1:
         raise ConfigError("nbest: decoder 'ctc_greedy' has one hypothesis; use ctc_beam")
     return name
+
+
+def idle_option(
+    network: nn.Module, decoding: DecodingConfig, given: Collection[str]
+) -> tuple[str, str] | None:
+    """The first of the fields ``given`` that changes nothing under ``decoding``, and what to do; None: none.
+
+    Raises:
+        ConfigError: as :func:`choose`.
+    """
+    decoder = choose(network, decoding)
+    no_beam = f"decoder '{decoder}' has no beam; use ctc_beam, or leave it out"
+    no_lm = "there is no language model; name one, or leave it out" if decoding.lm is None else None
+    reasons = {
+        "beam": no_beam,
+        "lm": no_beam if decoding.lm is not None else None,
+        "lm_weight": no_beam,
+        "word_bonus": no_beam,
+        "hotword_score": no_beam,
+    }
+    if decoder in BEAMS:
+        no_words = None if decoding.hotwords else "there are no hotwords; name some, or leave it out"
+        reasons = {"lm_weight": no_lm, "word_bonus": no_lm, "hotword_score": no_words}
+    if decoding.verify and decoding.max_passes is None:
+        reasons["hotwords"] = "the verifier writes the text and does not follow them; add --no-verify"
+    if not decoding.verify:
+        reasons["max_passes"] = "there is no verification; add --verify, or leave it out"
+    return next(((name, why) for name, why in reasons.items() if why and name in given), None)
 
 
 def make_bias(hotwords: Sequence[str], tokenizer: Tokenizer, score: float) -> Bias | None:

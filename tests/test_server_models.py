@@ -7,7 +7,11 @@ import tests.server_extra  # noqa: F401  skips this file where the extra is miss
 import pytest
 
 from nar_speech import hub
+from nar_speech.audio import read_audio
+from nar_speech.engine.asr_offline import OfflineModel
 from nar_speech.errors import ConfigError
+from nar_speech.pipelines.transcribe import Transcriber
+from nar_speech.server.formats import log_prob
 from nar_speech.server.models import load_models, load_stream_model, with_twin
 from nar_speech.server.settings import ModelSpec, Settings
 from tests.model_folders import CONFORMER, ctc_folder, paraformer_folder
@@ -73,3 +77,14 @@ def test_chunks_that_make_no_sense(sizes):
 def test_a_model_that_hears_files_only_is_no_load(folders):
     with pytest.raises(ConfigError, match="files only"):
         load_stream_model(str(folders["offline"]), "cpu", "float32")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_tokens_of_the_embedded_model_join_to_its_text(verify):
+    """Those of ``logprobs``, whichever tokenizer they are of."""
+    model = OfflineModel(Transcriber.from_folder(hub.resolve("default"), "cpu"))
+    wave = read_audio(hub.ASSETS / "sample.flac", model.sample_rate).samples[: 4 * model.sample_rate]
+    (found,) = model.run([wave], [{"verify": verify}])
+    tokens = [log_prob(token) for segment in found.segments for token in segment.tokens]
+    assert "".join(token["token"] for token in tokens).strip() == found.text
+    assert found.text.lower().startswith("may i have a dark roast")

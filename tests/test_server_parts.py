@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nar_speech.engine import Final, Partial
 from nar_speech.errors import AudioError, ConfigError
 from nar_speech.server import formats, forms
-from nar_speech.server.api_error import ApiError
+from nar_speech.server.api_error import ApiError, told
 from nar_speech.server.audio_in import RATES, WIDTHS, AudioIn, Resampler, decode, encoding_named
 from nar_speech.server.auth import Identity, Keyring, Limits, read_keys
 from nar_speech.server.funasr import parse_hotwords
@@ -259,6 +259,17 @@ def test_verbose_json():
     empty = Transcript("", (), 1.0)
     assert formats.verbose_body(empty, (), "de", 0.0)["language"] == "german"
     assert formats.token_usage(transcript())["total_tokens"] == 42
+
+
+def test_log_probabilities_of_pieces():
+    """Tokens as they read, as OpenAI's are: not in the letters of some tokenizer."""
+    body = formats.log_prob(Token(7, "\u2581May", 0.0, 0.1, 1.0))
+    assert body == {"token": " May", "bytes": list(b" May"), "logprob": 0.0}
+
+
+def test_what_a_client_is_told_of_a_word_that_the_model_can_not_spell():
+    error = told(ConfigError("hotword 'x: y': the model's vocabulary can't spell it; leave it out"))
+    assert (error.status, error.param) == (400, "hotwords")
 
 
 def test_languages():

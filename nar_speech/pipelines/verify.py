@@ -164,7 +164,7 @@ class Verifier:
             texts = [self.tokenizer.decode([ids[i] for i in group]).strip() for group in groups]
             confidences = [float(np.mean([sure[i] for i in group])) for group in groups]
             words = retime(texts, confidences, draft, duration)
-            pieces = self.tokenizer.pieces(ids)
+            pieces = [self.kinds.texts[i] for i in ids]  # as they read: pieces are letters for bytes
             for word, group in zip(words, groups, strict=True):
                 step = (word.end - word.start) / len(group)
                 tokens += [

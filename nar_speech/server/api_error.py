@@ -77,7 +77,8 @@ def told(error: BaseException) -> ApiError:
     if isinstance(error, AudioError):
         return ApiError(400, str(error), "invalid_audio", "file")
     if isinstance(error, InputError):
-        return ApiError(400, str(error), "invalid_value", str(error).partition(":")[0][:40] or None)
+        field = str(error).partition(":")[0].partition(" ")[0][:40]  # of "hotword 'x': ..." the first word
+        return ApiError(400, str(error), "invalid_value", {"hotword": "hotwords"}.get(field, field) or None)
     if isinstance(error, MissingExtraError):
         return ApiError(400, "this container needs PyAV, which this server lacks; send wav, flac, ogg or mp3")
     return ApiError(500, "the server failed; its log has the reason", "internal_error")

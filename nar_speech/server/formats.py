@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nar_speech.pipelines.writers import write_srt, write_txt, write_vtt
+from nar_speech.text.postprocess import WORD_START
 from nar_speech.types import Segment, Token, Transcript
 
 RESPONSE_FORMATS = ("json", "text", "srt", "vtt", "verbose_json")
@@ -120,9 +121,10 @@ def segment_body(number: int, segment: Segment, temperature: float) -> dict[str,
 
 
 def log_prob(token: Token) -> dict[str, Any]:
-    """One of ``logprobs``."""
+    """One of ``logprobs``; tokens as they read, with the space before a word."""
+    text = token.text.replace(WORD_START, " ")
     return {
-        "token": token.text,
-        "bytes": list(token.text.encode()),
+        "token": text,
+        "bytes": list(text.encode()),
         "logprob": round(math.log(max(token.confidence, LEAST_CONFIDENCE)), 4),
     }

@@ -7,7 +7,6 @@ The client says ``{"type": "commit" | "finish" | "ping"}``, or just closes.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from fastapi import APIRouter, WebSocket
@@ -19,7 +18,7 @@ from nar_speech.server.audio_in import AudioIn
 from nar_speech.server.auth import Identity
 from nar_speech.server.formats import language_code
 from nar_speech.server.forms import hotwords
-from nar_speech.server.live import Endpoint, Wish
+from nar_speech.server.live import MAX_SILENCE, Endpoint, Wish
 from nar_speech.server.service import ModelEntry, Outcome, Service
 from nar_speech.server.sockets import FATAL, Patience, Peer, Stopped, both, parse_json, serve, session_over
 from nar_speech.server.stream import LiveStream
@@ -66,11 +65,18 @@ def parse_query(query: Any, entry: ModelEntry) -> tuple[AudioIn, Wish]:
     try:
         endpoint = None if silence == "off" else Endpoint(silence=float(silence)) if silence else Endpoint()
     except ValueError:
-        endpoint = Endpoint(silence=math.nan)  # says what is allowed
+        raise _endpoint_wrong(silence) from None
+    except ApiError as error:
+        raise _endpoint_wrong(silence) from error
     two_pass = query.get("two_pass", "true").lower() not in ("false", "0", "no", "off")
     words = hotwords([query.get("hotwords", "")], "hotwords")
     language = language_code(query.get("language", "")) or None
     return audio, Wish(language, words, (), endpoint, two_pass)
+
+
+def _endpoint_wrong(value: str) -> ApiError:
+    message = f"endpoint: got '{value[:40]}'; must be off or a number of seconds from 0 to {MAX_SILENCE:g}"
+    return bad_request(message, "endpoint")
 
 
 async def _talk(peer: Peer, stream: LiveStream, entry: ModelEntry, outcome: Outcome) -> None:

@@ -20,8 +20,8 @@ from nar_speech.engine import (
     Session,
     SessionOptions,
 )
-from nar_speech.errors import BackPressure, InputError, SessionClosed
-from nar_speech.server.api_error import TRY_LATER, ApiError, told
+from nar_speech.errors import AudioError, BackPressure, SessionClosed
+from nar_speech.server.api_error import TRY_LATER, ApiError
 from nar_speech.server.audio_in import AudioIn
 from nar_speech.server.auth import Identity
 
@@ -90,8 +90,8 @@ class LiveStream:
         for begin in range(0, len(data), step):
             try:
                 samples = self.audio.feed(data[begin : begin + step])
-            except InputError as error:
-                raise told(error) from error
+            except AudioError as error:
+                raise ApiError(400, str(error), "invalid_audio", "audio") from error
             await self._give(samples)
 
     async def commit(self) -> None:

@@ -12,7 +12,7 @@ from benchmarks.toy_models import ERROR_LEVEL, NAN_LEVEL, ToyBatch, ToyCollector
 from nar_speech.engine import Closed, Engine, EngineOptions, Failed, Partial
 from nar_speech.engine.core import DeviceLost
 from nar_speech.errors import AudioError, ConfigError, EngineError, SessionClosed
-from tests.engine_reference import Late, alone, finals, inline, noise, opened, size_of, wait_until
+from tests.engine_reference import Clock, Late, alone, finals, inline, noise, opened, size_of, wait_until
 
 # Results.
 
@@ -194,6 +194,20 @@ def test_poison_in_every_stream_makes_the_engine_unready():
     session, events = opened(engine)
     session.feed(noise(0, 320))
     engine.run_until_idle()
+    assert engine.health().ready
+
+
+def test_an_engine_that_gets_no_streams_becomes_ready_again():
+    """Who is not ready gets no streams from a load balancer, with which to prove itself."""
+    clock = Clock()
+    engine = inline(clock=clock)
+    for _ in range(3):
+        session, _ = opened(engine)
+        session.feed(noise(0, 320) + ERROR_LEVEL + 2)
+        engine.run_until_idle()
+    clock.now += 50
+    assert not engine.health().ready
+    clock.now += 11
     assert engine.health().ready
 
 

@@ -45,7 +45,7 @@ class Core:
 
     Attributes:
         heartbeat: when the last round began.
-        failing: steps in a row in which not a single row succeeded.
+        failing, failed_at: steps in a row in which not a single row succeeded; when the last one was.
         busy_seconds: spent working.
     """
 
@@ -67,7 +67,7 @@ class Core:
         self.streams: dict[str, Stream] = {}
         self.heartbeat = clock()
         self.failing = self.crashes = 0
-        self.busy_seconds = 0.0
+        self.failed_at = self.busy_seconds = 0.0
         self.wake = threading.Event()
         self.stopped = False
         self._gate = threading.Lock()
@@ -219,6 +219,8 @@ class Core:
             return []
         flights = self._attempt(lane, rows)
         self.failing = 0 if flights else self.failing + 1
+        if not flights:
+            self.failed_at = self.clock()
         return flights
 
     def _attempt(self, lane: Lane, rows: Sequence[Row]) -> list[Flight]:

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 STALE = 5.0  # s; a heartbeat older than this is not a healthy one
 FAILING = 3  # steps in a row without a single good row
+FORGET = 60.0  # s; then failed steps say nothing any more: who is not ready gets no stream to prove itself
 CRASHES, CRASH_WINDOW = 3, 60.0  # so many crashes in so many seconds: the engine gives up
 FLUSH = 5.0  # s; how long the last results may take when an engine is drained
 T = TypeVar("T")
@@ -274,7 +275,7 @@ class Engine:
             reason = "draining"
         elif age > STALE and not self._inline:
             reason = f"no heartbeat for {age:.0f} s"
-        elif core.failing >= FAILING:
+        elif core.failing >= FAILING and self._clock() - core.failed_at < FORGET:
             reason = f"the last {core.failing} steps failed"
         else:
             reason = ""

@@ -218,7 +218,9 @@ class TwoPassTextCollector(TextCollector):
             tuple(moved(item, tag["first"]) for item in items)
             for items in (result.words, [t for s in result.segments for t in s.tokens])
         )
-        return [Final(tag["segment"], result.text, words, tokens, tag["start"], tag["end"], "offline")]
+        begin = words[0].start if words else tag["start"]  # the two passes differ in times, too
+        end = words[-1].end if words else tag["end"]
+        return [Final(tag["segment"], result.text, words, tokens, begin, end, "offline")]
 
     def export(self) -> dict[str, Any]:
         """See :class:`nar_speech.engine.Collector`."""

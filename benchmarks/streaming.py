@@ -150,9 +150,8 @@ def paraformer(options: argparse.Namespace, clips: Sequence[Clip], folder: Path)
         model = random.ours(dtype)
         systems.append(Alone(f"ours {dtype}, 1 stream", model))
         if options.streams > 1:
-            systems.append(
-                Engined(f"ours {dtype}, {options.streams} streams, engine", model, options.streams)
-            )
+            name = f"ours {dtype}, {options.streams} streams, engine"
+            systems.append(Engined(name, model, options.streams, exact=dtype == "float32"))
     return run(systems, clips, options.repeats, Official.name, skipped, texts=True)
 
 

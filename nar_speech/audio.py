@@ -499,6 +499,8 @@ def _as_file(source: Any, where: str) -> str | IO[bytes]:
         return io.BytesIO(source)
     if isinstance(source, str | Path):
         if str(source) == "-":
+            if sys.stdin is None:
+                raise AudioError("standard input: is closed; send a recording, or name a file")
             return io.BytesIO(sys.stdin.buffer.read())
         path = Path(source)
         try:

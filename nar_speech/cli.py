@@ -224,7 +224,7 @@ def _describe_models(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("list", help="models that ship with the package, and known names of the hub")
     shown = actions.add_parser("info", help="what a model is")
-    taken = actions.add_parser("import", help="convert a FunASR, SenseVoice or WeNet folder into ours")
+    taken = actions.add_parser("import", help="convert a FunASR, SenseVoice, WeNet or NeMo model into ours")
     taken.add_argument("source", help="name, folder or hub id")
     taken.add_argument("target", help="new folder")
     checked = actions.add_parser("verify", help="check files, names, shapes and values, and run it once")

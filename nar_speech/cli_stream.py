@@ -94,6 +94,8 @@ def check(options: argparse.Namespace) -> tuple[str, str | None]:
             raise ConfigError("-: live speech is heard alone; leave the other inputs out")
         if options.max_streams is not None:
             raise ConfigError("--max-streams: is of files; leave it out with -")
+        if sys.stdin is None:
+            raise ConfigError("standard input: is closed; send samples, or name files")
         if sys.stdin.isatty():
             raise ConfigError(
                 "standard input: is a terminal; send samples, for example: arecord -f S16_LE -r 16000 -c 1"
@@ -173,9 +175,9 @@ def hear_live(options: argparse.Namespace, work: Work, transcriber: StreamTransc
                 status.hide()
                 put(None, text([event]))
             status.watch("", event)
-        if not at_once:
-            status.hide()
-            put(work.targets.get("-"), text(listening.finals))
+        status.hide()
+        # Where nothing was said, an older file is emptied too.
+        put(work.targets.get("-"), "" if at_once else text(listening.finals))
     return OK
 
 

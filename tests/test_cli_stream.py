@@ -325,6 +325,14 @@ def test_formats_of_a_whole_recording_are_written_at_the_end(live, folders, spee
     assert (done.communicate(timeout=120), done.returncode) == ((b"", b""), 0)
 
 
+def test_silence_empties_an_older_file(live, tmp_path):
+    (tmp_path / "old.txt").write_text("what was said yesterday")
+    process = live("-o", tmp_path / "old.txt", "--second-pass", "none")
+    out, err = process.communicate(bytes(64), timeout=120)
+    assert (out, err, process.returncode) == (b"", b"", 0)
+    assert (tmp_path / "old.txt").read_text() == ""
+
+
 def test_live_speech_needs_no_package_of_the_server(folders, speech):
     block = f"import sys; sys.modules.update(dict.fromkeys({SERVER_PACKAGES!r}))"
     words = [*COMMAND[3:], "--model", str(folders["ctc"]), "-"]
@@ -360,6 +368,8 @@ def test_input_that_is_no_live_speech(run, monkeypatch, folders):
             code, out, err = run("-")
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert message in err
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run("-") == (2, "", "nar-speech: error: standard input: is closed; send samples, or name files\n")
     monkeypatch.setattr(sys, "stdin", Terminal())
     code, out, err = run("-")
     assert (code, out, err.count("\n")) == (2, "", 1)

@@ -72,8 +72,8 @@ def test_recipe_trains_a_model_that_hears_streams(kind, corpus, tmp_path):
     assert isinstance(model.tokenizer.decode(search.tokens), str)
 
 
-def test_an_encoder_that_looks_ahead_can_not_be_validated_in_streams(corpus, tmp_path):
-    config = str(ROOT / "configs/ctc/tiny_stream.yaml")
+def test_an_encoder_that_looks_ahead_can_not_be_validated_in_streams(corpus, tmp_path, capsys):
+    config = str(ROOT / "configs/ctc/tiny_online.yaml")
     words = [
         config,
         *corpus,
@@ -81,6 +81,7 @@ def test_an_encoder_that_looks_ahead_can_not_be_validated_in_streams(corpus, tmp
         "network.encoder_conf.causal_downsampling=false",
     ]
     assert run_recipe(ctc.Recipe, ctc.recipe, words, "doc") == 2
+    assert "causal_downsampling, conv_context_size: only an encoder" in capsys.readouterr().err
 
 
 def test_dynamic_chunks_are_drawn_in_training_only():

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -97,9 +98,29 @@ def test_health_metrics_and_logs(logs):
 
 
 def test_text_is_logged_when_asked_for(logs):
-    with ServerThread(Settings(port=0, log_text=True), *tone_entry()) as running:
+    """Of every protocol."""
+    sound, end = pcm(tone("abc")), json.dumps({"is_speaking": False})
+    with ServerThread(Settings(port=0, wyoming_port=0, log_text=True), *tone_entry()) as running:
         upload(running.url)
-    assert [line["text"] for line in logs if "text" in line] == ["Abc."]
+        with connect(f"{running.ws}/v1/stream") as socket_:
+            the_end(socket_, sound, FINISH)
+        for mode in ("2pass", "offline"):
+            with connect(f"{running.ws}/funasr") as socket_:
+                for message in (json.dumps({"mode": mode}), sound, end):
+                    socket_.send(message)
+                while not json.loads(socket_.recv(timeout=60))["is_final"]:
+                    pass
+        address = ("127.0.0.1", running.server.ports["wyoming"])
+        with socket.create_connection(address, timeout=60) as raw, raw.makefile("rb") as lines:
+            raw.sendall(b'{"type": "audio-chunk", "payload_length": %d}\n' % len(sound) + sound)
+            raw.sendall(b'{"type": "audio-stop"}\n')
+            while (head := json.loads(lines.readline()))["type"] != "transcript-stop":
+                lines.read(head["data_length"])
+        wait_for(lambda: not running.service.peers)
+    texts = {(line["api"], line["mode"]): line["text"] for line in logs if "text" in line}
+    kinds = ("openai_http", "transcription"), ("stream", "websocket"), ("funasr", "2pass")
+    kinds += ("funasr", "offline"), ("wyoming", "connection")
+    assert texts == dict.fromkeys(kinds, "Abc.")
 
 
 def test_a_dead_engine_is_seen(logs):

@@ -232,6 +232,7 @@ class Conversation:
                 await self._say(utterance.config, utterance.config.mode, "", True, error=error)
             finally:
                 self.busy = False
+                self.outcome.add_text(self.service.settings, utterance.text)
                 await utterance.close()
             await utterance.ended.wait()
             self.seconds += utterance.seconds
@@ -257,7 +258,7 @@ class Conversation:
 class _Nothing:
     """An end without audio before it."""
 
-    seconds, acknowledge = 0.0, False
+    seconds, acknowledge, text = 0.0, False, ""
 
     def __init__(self, talk: Conversation, config: Config):
         self.talk, self.config, self.ended = talk, config, asyncio.Event()
@@ -300,6 +301,10 @@ class _Live:
     @property
     def seconds(self) -> float:
         return self.stream.seconds
+
+    @property
+    def text(self) -> str:
+        return self.stream.text
 
     @property
     def over(self) -> bool:
@@ -378,7 +383,7 @@ class _File:
     def __init__(self, talk: Conversation, entry: ModelEntry, config: Config):
         self.talk, self.entry, self.config = talk, entry, config
         self.file: IO[bytes] = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115
-        self.size, self.seconds = 0, 0.0
+        self.size, self.seconds, self.text = 0, 0.0, ""
         self.ended = asyncio.Event()
 
     async def feed(self, data: bytes) -> None:
@@ -410,7 +415,7 @@ class _File:
                 transcript = upload.transcript([segment async for segment in segments])
         finally:
             self.seconds = upload.seconds
-        more = stamps(list(transcript.segments))
+        self.text, more = transcript.text, stamps(list(transcript.segments))
         await self.talk._say(config, "offline", transcript.text, True, **more)
 
     def _as_wave(self) -> None:

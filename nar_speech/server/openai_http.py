@@ -219,8 +219,7 @@ def event(body: dict[str, Any]) -> str:
 
 def _log_result(service: Service, outcome: Outcome, transcript: Transcript) -> None:
     outcome.fields["audio_seconds"] = round(transcript.duration, 3)
-    if service.settings.log_text:
-        outcome.fields["text"] = transcript.text
+    outcome.add_text(service.settings, transcript.text)
 
 
 @router.post("/v1/realtime/client_secrets")

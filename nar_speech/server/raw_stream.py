@@ -119,6 +119,7 @@ async def _talk(peer: Peer, stream: LiveStream, entry: ModelEntry, outcome: Outc
         await both(peer, read(), pump(), stream.finish)
     finally:
         outcome.fields["audio_seconds"] = round(stream.seconds, 3)
+        outcome.add_text(stream.service.settings, stream.text)
 
 
 def event_body(event: Event) -> dict[str, Any]:

@@ -357,8 +357,7 @@ class Conversation:
             tokens = [t for segment in sorted(item.tokens) for t in item.tokens[segment]]
             body["logprobs"] = [log_prob(token) for token in tokens]
         await self._send(f"{TRANSCRIPTION}.completed", **body, usage=duration_usage(item.seconds))
-        if self.service.settings.log_text:
-            self.outcome.fields["text"] = join_texts([self.outcome.fields.get("text", ""), text])
+        self.outcome.add_text(self.service.settings, text)
 
     async def _failed(self, message: str) -> None:
         """The model failed on this stream: say so of each item that waits, the session goes on."""

@@ -14,6 +14,7 @@ from nar_speech.engine import Engine, SessionOptions
 from nar_speech.engine.asr_offline import OfflineModel
 from nar_speech.errors import EngineBusy, EngineError, InputError
 from nar_speech.model_folder import SegmentConfig
+from nar_speech.pipelines.writers import join_texts
 from nar_speech.server.api_error import ApiError, bad_request, told
 from nar_speech.server.audio_in import AudioIn
 from nar_speech.server.auth import Identity, Keyring, key_of
@@ -163,6 +164,11 @@ class Outcome:
 
     value: str = "ok"
     fields: dict[str, Any] = field(default_factory=dict)
+
+    def add_text(self, settings: Settings, text: str) -> None:
+        """Recognised text goes into the log where that was asked for."""
+        if settings.log_text and text:
+            self.fields["text"] = join_texts([self.fields.get("text", ""), text])
 
 
 class Service:

@@ -21,6 +21,7 @@ from nar_speech.engine import (
     SessionOptions,
 )
 from nar_speech.errors import AudioError, BackPressure, SessionClosed
+from nar_speech.pipelines.writers import join_texts
 from nar_speech.server.api_error import TRY_LATER, ApiError
 from nar_speech.server.audio_in import AudioIn
 from nar_speech.server.auth import Identity
@@ -55,6 +56,7 @@ class LiveStream:
         self.service, self.who, self.api, self.audio = service, who, api, audio
         self.samples = 0  # given to the engine, in its rate
         self.segments = 0  # finals so far
+        self.texts: dict[int, str] = {}  # of segments, where they are logged
         self.opened = time.monotonic()
         self.first_audio: float | None = None
         self.failed = False
@@ -72,6 +74,11 @@ class LiveStream:
     def seconds(self) -> float:
         """Audio so far."""
         return self.samples / self.audio.target
+
+    @property
+    def text(self) -> str:
+        """Of all segments so far; empty where texts are not logged."""
+        return join_texts(self.texts[segment] for segment in sorted(self.texts))
 
     @property
     def lag(self) -> float:
@@ -208,6 +215,8 @@ class LiveStream:
         if isinstance(event, Final):
             self.segments += 1
             metrics.segments.labels(self.api, event.source).inc()
+            if self.service.settings.log_text:
+                self.texts[event.segment] = event.text
         elif isinstance(event, Failed):
             self.failed = True
         elif isinstance(event, Closed):

@@ -128,6 +128,7 @@ class WyomingPeer:
         self.work: _Live | _Whole | None = None
         self.deaf = False  # to the rest of audio that was refused
         self._task: asyncio.Task | None = None
+        self._outcome = Outcome()
 
     def works(self) -> bool:
         """Reading has a time limit of its own."""
@@ -158,9 +159,14 @@ class WyomingPeer:
         finally:
             self.blocked = None
 
+    async def tell(self, text: str) -> None:
+        """The result of a recording."""
+        self._outcome.add_text(self.service.settings, text)
+        await self.send("transcript", {"text": text})
+
     async def run(self, outcome: Outcome) -> None:
         """Until the client leaves."""
-        self._task = asyncio.current_task()
+        self._task, self._outcome = asyncio.current_task(), outcome
         limit = self.service.settings.max_message_bytes
         try:
             if len(self.service.peers) > self.service.settings.max_connections:
@@ -256,8 +262,7 @@ class _Live:
     async def finish(self) -> None:
         await self.stream.finish()
         await self.pump
-        text = join_texts(self.texts[segment] for segment in sorted(self.texts))
-        await self.peer.send("transcript", {"text": text})
+        await self.peer.tell(join_texts(self.texts[segment] for segment in sorted(self.texts)))
         if self.begun:
             await self.peer.send("transcript-stop")
 
@@ -310,7 +315,7 @@ class _Whole:
                 upload = Upload(service, self.entry, service.keyring.anonymous, API, file, options, "audio")
                 async with service.upload_turn(), aclosing(upload.segments()) as segments:
                     text = upload.transcript([segment async for segment in segments]).text
-        await self.peer.send("transcript", {"text": text})
+        await self.peer.tell(text)
 
     async def close(self) -> None:
         self.data.clear()

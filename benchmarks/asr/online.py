@@ -116,8 +116,8 @@ class Alone:
 class Engined:
     """``streams`` streams of the same clip in an engine, all of them in one batch.
 
-    ``exact``: their texts must be the same. In bfloat16 and int8 a rounding more or less, which depends on what
-    else is in a batch, may decide between the near ties of random weights.
+    ``exact``: their texts must be the same. In bfloat16 and int8 a rounding more or less, which depends on
+    what else is in a batch, may decide between the near ties of random weights.
     """
 
     def __init__(

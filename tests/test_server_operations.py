@@ -169,7 +169,7 @@ def test_draining_lets_streams_finish_and_refuses_others():
 
 
 @pytest.mark.parametrize("second", [True, False])
-def test_the_last_text_of_a_slow_model_is_waited_for(second):
+def test_the_last_text_of_a_slow_model_is_waited_for(second, logs):
     entries, models = tone_entry(second)
     model = models["tones:online"]
     step = model.step
@@ -186,6 +186,8 @@ def test_the_last_text_of_a_slow_model_is_waited_for(second):
     texts = [m["text"] for m in heard if m["type"] == "final"]
     assert texts == (["abc", "Abc."] if second else ["abc"])
     assert (closed.code, closed.reason) == (1012, "the server restarts")
+    (outcome,) = (line["outcome"] for line in logs if line["event"] == "request")
+    assert outcome == "drained"
 
 
 def test_an_idle_server_stops_at_once():

@@ -293,6 +293,11 @@ def test_words_of_a_prompt(prompt, words):
     assert forms.words_of_prompt(prompt) == words
 
 
+def test_half_characters_reach_no_tokenizer():
+    assert forms.hotwords(["a\ud800b,c"]) == ("a?b", "c")
+    assert forms.words_of_prompt("Ada, x\udfffy") == ("Ada", "x?y")
+
+
 def test_hotwords_of_funasr():
     assert parse_hotwords('{"Ada": 20, "Charles Babbage": 30}') == ("Ada", "Charles Babbage")
     assert parse_hotwords("Ada Charles") == ("Ada", "Charles")

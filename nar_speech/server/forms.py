@@ -170,7 +170,8 @@ def words_of_prompt(prompt: str) -> tuple[str, ...]:
 
 
 def _parts(texts: Sequence[str]) -> list[str]:
-    return [part.strip() for text in texts for part in _SPLIT.split(text) if part.strip()]
+    whole = (text.encode(errors="replace").decode() for text in texts)  # no tokenizer takes half characters
+    return [part.strip() for text in whole for part in _SPLIT.split(text) if part.strip()]
 
 
 def _flag(name: str, text: str) -> bool:

@@ -163,8 +163,9 @@ async def serve(
             except Gone:
                 outcome.value = "cut" if peer.cut else "ok" if peer.left_served else "cancelled"
                 outcome.fields["reason"] = peer.cut or None
-    except Stopped:
-        code, reason = RESTART, "the server restarts"
+            except Stopped:
+                outcome.value = "drained"
+                code, reason = RESTART, "the server restarts"
     except ApiError as error:
         code, reason = error.close, error.message
         with contextlib.suppress(Gone, asyncio.TimeoutError):

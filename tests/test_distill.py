@@ -38,7 +38,7 @@ def test_distance_by_its_definition(lengths, more):
     assert bool(student.grad.any()) == any(lengths)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 4), (2, 6, 5), (1, 6, 4)], ids=["frames", "width", "batch"])
+@pytest.mark.parametrize("shape", [(2, 5, 4), (2, 12, 4), (2, 6, 5), (1, 6, 4)])
 def test_a_teacher_that_does_not_fit_is_refused(shape):
     with pytest.raises(InputError, match="frame rate and width"):
         feature_distance(torch.zeros(2, 6, 4), torch.zeros(shape), torch.tensor([6, 6]))

@@ -349,7 +349,11 @@ def test_chunking_is_explained_or_refused():
     assert encoder.chunking() == Chunking(first=105, later=112, frames=14, left=70)
     assert encoder.chunking(1) == Chunking(first=1, later=8, frames=1, left=70)
     assert encoder.chunking(2, 8, chunks=3) == Chunking(first=41, later=48, frames=6, left=8)
-    for wrong, message in (((0,), "chunk_size"), ((3, 4), "multiple of 3"), ((1, 4, 0), "chunks: 0")):
+    for wrong, message in (
+        ((0,), "chunk_size"),
+        ((3, 4), "left: got 4; must be a multiple of the chunk size, 3"),
+        ((1, 4, 0), "chunks: 0"),
+    ):
         with pytest.raises(ConfigError, match=message):
             encoder.chunking(*wrong)
     with pytest.raises(ConfigError, match="causal_downsampling"):

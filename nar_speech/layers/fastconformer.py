@@ -349,6 +349,8 @@ class FastConformerEncoder(nn.Module):
             )
         if left is None:
             left = next((pair[0] for pair in c.att_context_size if pair[1] + 1 == chunk_size), default[0])
+        if c.att_context_style == "chunked_limited" and left > 0 and left % chunk_size:
+            raise ConfigError(f"left: got {left}; must be a multiple of the chunk size, {chunk_size}")
         check_context((left, chunk_size - 1), c.att_context_style)
         frames = chunk_size * chunks
         return Chunking(1 + self.frame_stride * (frames - 1), self.frame_stride * frames, frames, left)

@@ -4,6 +4,7 @@ import itertools
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from nar_speech import hub
 from nar_speech.audio import read_audio
 from nar_speech.engine import (
     Closed,
+    EndUtterance,
     Engine,
     EngineOptions,
     Final,
@@ -22,8 +24,8 @@ from nar_speech.engine import (
     SpeechStarted,
     SpeechStopped,
 )
-from nar_speech.engine.asr import SpeechModel, can_stream, load_stream
-from nar_speech.engine.asr_hearing import TokenHearing
+from nar_speech.engine.asr import SpeechModel, TextCollector, can_stream, load_stream
+from nar_speech.engine.asr_hearing import Heard, TokenHearing
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.layers.quantize import Int8Linear, int8_available
 from nar_speech.model_folder import DecodingConfig, StreamConfig, read_model_file, write_model_folder
@@ -180,6 +182,29 @@ def test_hotwords(models):
     for wrong in ({"colour": 1}, {"endpoint": {"threshold": 0.5}}, {"second_pass": "b"}):
         with pytest.raises(ConfigError):
             models["ctc"].collector(SessionOptions(wrong))
+
+
+def test_silence_before_the_first_word_does_not_count_as_a_long_utterance():
+    """After minutes of silence a sentence is not cut behind its first word."""
+
+    class Late:
+        agreement = 1
+
+        def push(self, row):
+            pass
+
+        def heard(self, seconds, final):
+            ids = tuple(range(int(seconds - 400.0)))  # a token each second, from 400 s on
+            starts = tuple(400.0 + i for i in ids)
+            return Heard(ids, starts, tuple(s + 0.9 for s in starts), (1.0,) * len(ids))
+
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    model = SimpleNamespace(sample_rate=10, tokenizer=tokenizer, hearing=lambda graph: Late())
+    collector, ended = TextCollector(model, None, None), []
+    for second in range(1, 480):
+        if any(isinstance(event, EndUtterance) for event in collector.push({}, 10 * second, False)):
+            ended.append(second)
+    assert ended[0] == 461  # said for more than a minute without a pause
 
 
 def test_two_passes(models):

@@ -142,8 +142,8 @@ class TextCollector:
         if not final:
             shown, self.prefix = (self.prefix.text, self.prefix.stable), self.prefix.update(text)
             quiet = end - begin - heard.ends[-1] if heard.ends else 0.0
-            too_long = end - begin > (LONG if quiet >= PAUSE else LONGEST)
-            ending = [EndUtterance()] if too_long and heard.ids else []
+            spoken = end - begin - heard.starts[0] if heard.starts else 0.0  # silence before may be long
+            ending = [EndUtterance()] if spoken > (LONG if quiet >= PAUSE else LONGEST) else []
             if not text or shown == (self.prefix.text, self.prefix.stable):
                 return ending
             start = begin + heard.starts[0] if heard.starts else begin

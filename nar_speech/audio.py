@@ -477,9 +477,7 @@ def _open(source: str | Path | IO[bytes] | bytes) -> _Reader:
         raise AudioError(f"{where}: the file object gives text; open it with mode 'rb'")
     if not head:
         raise AudioError(f"{where}: is empty (0 bytes); use a recording")
-    if (
-        head.lstrip()[:1] == b"<"
-    ):  # begins no audio format, and libsndfile's MP3 decoder would chatter about it
+    if head.lstrip()[:1] == b"<":  # no audio begins so, and libsndfile's MP3 decoder would chatter about it
         raise AudioError(f"{where}: is a web page, not audio; download the recording, not the page about it")
     container = any(head[offset : offset + len(magic)] == magic for offset, magic in _CONTAINERS)
     reader = (_AvReader if container else _SoundFileReader)(file, where)

@@ -231,6 +231,13 @@ def test_a_pipe_is_read_once(run, audio, texts, tmp_path, monkeypatch):
     assert run("transcribe", pipe)[:2] == (0, texts["a.wav"] + "\n")
 
 
+def test_a_closed_standard_input_is_one_line(run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    code, out, err = run("transcribe", "-")
+    assert (code, out) == (2, "")
+    assert err == "nar-speech: error: standard input: is closed; send a recording, or name a file\n"
+
+
 def test_hotwords_from_a_file_or_the_line(run, audio, tmp_path):
     (tmp_path / "words.txt").write_text("hello\n\nworld\n")
     options = ("--beam", 31, "--hotword-score", 30)

@@ -449,11 +449,12 @@ class WhisperEncoder(nn.Module):
         begun, seen = state.begun | (count > 0), (state.count + count).clamp(max=self.config.left)
         kept, num_kept, position, begun, seen = forget(final, kept, num_kept, position, begun, seen)
         num_kept = torch.where(final, LEFT_FRAMES, num_kept)
-        caches = forget(final, *trunk), forget(final, *branch)
+        for cache in (*trunk, *branch):  # made in this step, so nobody else has them
+            cache.masked_fill_(final[:, None, None], 0.0)
         return (
             x.masked_fill(~valid[..., None], 0.0),
             count,
-            WhisperState(kept, num_kept, position, begun, seen, *caches),
+            WhisperState(kept, num_kept, position, begun, seen, tuple(trunk), tuple(branch)),
         )
 
     def _subsample(self, x: Tensor, lengths: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ def paraformer(options: argparse.Namespace, clips: Sequence[Clip], folder: Path)
         systems.append(Alone(f"ours {dtype}, 1 stream", model))
         if options.streams > 1:
             name = f"ours {dtype}, {options.streams} streams, engine"
-            systems.append(Engined(name, model, options.streams, exact=dtype == "float32"))
+            systems.append(Engined(name, model, options.streams))
     return run(systems, clips, options.repeats, Official.name, skipped, texts=True)
 
 

@@ -9,6 +9,7 @@ from benchmarks.batch_invariance import culprits, random_paraformer
 from benchmarks.toy_models import ToyStream
 from nar_speech.engine.graphs import stable_sizes
 from nar_speech.layers.packed import pack_linear_layers
+from nar_speech.layers.sanm import CrossAttention
 from nar_speech.layers.silero import SileroVad
 
 
@@ -62,3 +63,19 @@ def test_streaming_paraformer_has_none(tmp_path):
     assert culprits(model, sizes=(2, 4), steps=1) == []
     with torch.inference_mode():
         assert stable_sizes(model, (1, 2, 4, 8)) == (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+def test_a_token_does_not_see_how_many_tokens_other_streams_have(dtype):
+    """They decide how many places the decoder's attention computes."""
+    torch.manual_seed(0)
+    attention = pack_linear_layers(CrossAttention(512, 4).to(dtype).eval())
+    tokens, memory = torch.randn(4, 40, 512).to(dtype), torch.randn(4, 25, 1024).to(dtype)
+    with torch.inference_mode():
+        alone = attention.attend(tokens[:, :3], memory, few=True)
+        for count in range(2, 41):
+            both = min(3, count)
+            found = attention.attend(tokens[:, :count], memory, few=True)
+            assert found.shape[1] == count
+            assert torch.equal(found[:, :both], alone[:, :both]), count

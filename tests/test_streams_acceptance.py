@@ -69,9 +69,11 @@ def alone(model, waves):
 
 
 def said(events):
-    """What was recognised: texts; ids and times of tokens. (Confidences may differ in their last bits.)"""
+    """What was recognised: texts; ids, times and confidences of tokens."""
     finals = [event for event in events if isinstance(event, Final)]
-    return [(f.text, f.start, f.end, [(t.id, t.start, t.end) for t in f.tokens]) for f in finals]
+    return [
+        (f.text, f.start, f.end, [(t.id, t.start, t.end, t.confidence) for t in f.tokens]) for f in finals
+    ]
 
 
 @pytest.fixture(scope="module")

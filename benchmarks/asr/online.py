@@ -114,21 +114,10 @@ class Alone:
 
 
 class Engined:
-    """``streams`` streams of the same clip in an engine, all of them in one batch.
+    """``streams`` streams of the same clip in an engine, all of them in one batch."""
 
-    ``exact``: their texts must be the same. In bfloat16 and int8 a rounding more or less, which depends on
-    what else is in a batch, may decide between the near ties of random weights.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        model: Any,
-        streams: int = 1,
-        settings: dict[str, Any] | None = None,
-        exact: bool = True,
-    ):
-        self.name, self.streams, self.settings, self.exact = name, streams, settings or {}, exact
+    def __init__(self, name: str, model: Any, streams: int = 1, settings: dict[str, Any] | None = None):
+        self.name, self.streams, self.settings = name, streams, settings or {}
         options = EngineOptions(
             max_sessions=streams,
             buckets=(streams,),
@@ -153,7 +142,7 @@ class Engined:
         before = self.engine.stats().online["model"].chunks
         texts, cpu, wall = timing.timed(lambda: self._hear(clip))
         updates = self.engine.stats().online["model"].chunks - before
-        if self.exact and len(set(texts)) != 1:
+        if len(set(texts)) != 1:
             raise NarSpeechError(f"{self.name}: streams of the same clip differ: {sorted(set(texts))[:2]}")
         return Work(cpu, wall, updates, texts[0])
 

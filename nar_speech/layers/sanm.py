@@ -23,6 +23,8 @@ from nar_speech.layers.position import SinusoidPosition
 if TYPE_CHECKING:
     from nar_speech.layers.sanm_stream import DecoderState, EncoderState, StreamConfig
 
+QUERY_BLOCK = 32  # queries that PyTorch's fused attention on a CPU takes at once
+
 
 class Padding(NamedTuple):
     """Where a ragged batch is padded, in the two shapes the blocks need.
@@ -341,10 +343,17 @@ class CrossAttention(nn.Module):
         return self.attend(x, self.linear_k_v(memory), keys)
 
     def attend(self, x: Tensor, key_value: Tensor, keys: Tensor | None = None, few: bool = False) -> Tensor:
-        """What :meth:`forward` gives for the projected memory (B, T, 2 D); ``few`` as in ``dot_product``."""
+        """What :meth:`forward` gives for the projected memory (B, T, 2 D); ``few`` as in ``dot_product``.
+
+        With ``few`` the queries are padded to whole blocks of the fused kernel: how many tokens other streams
+        of a batch have must not change how a token's products are summed up.
+        """
         key, value = key_value.chunk(2, dim=-1)
+        query, tokens = split_heads(self.linear_q(x), self.heads), x.shape[1]
+        if few:
+            query = F.pad(query, (0, 0, 0, -tokens % QUERY_BLOCK))
         context = dot_product_attention(
-            split_heads(self.linear_q(x), self.heads),
+            query,
             split_heads(key, self.heads),
             split_heads(value, self.heads),
             mask=keys,
@@ -352,7 +361,7 @@ class CrossAttention(nn.Module):
             coarse=self.coarse,
             few=few,
         )
-        return self.linear_out(merge_heads(context))
+        return self.linear_out(merge_heads(context[:, :, :tokens]))
 
     def weights(self, x: Tensor, memory: Tensor, keys: Tensor | None = None) -> Tensor:
         """Attention weights (B, heads, U, T) of :meth:`forward`, without dropout."""

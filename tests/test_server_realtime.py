@@ -363,7 +363,8 @@ def test_nonsense_without_end_is_ended(server):
 
 def test_a_message_that_is_too_large(server):
     with raw(server) as socket:
-        assert the_end(socket, b"\0" * (2 << 20))[1].code == 1009
+        closed = the_end(socket, b"\0" * (2 << 20))[1]
+        assert closed is None or closed.code == 1009  # TCP's reset may overtake the close frame
 
 
 def test_a_stream_that_is_too_long(server):

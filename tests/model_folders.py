@@ -78,6 +78,16 @@ def ctc_folder(folder: Path, seed: int = 0, decoding: dict | None = None, **netw
     return write_model_folder(folder, model, _card("ctc"), frontend, config, tokenizer, decoding)
 
 
+def stream_folders(base: Path) -> dict[str, Path]:
+    """Models that hear streams, ``ctc`` and ``paraformer``, and one that does not, ``offline``."""
+    causal = {**CONFORMER, "causal": True, "use_dynamic_chunk": True}
+    return {
+        "ctc": ctc_folder(base / "ctc", encoder_conf=causal),
+        "paraformer": paraformer_folder(base / "paraformer", stream={"chunk": [5, 10, 5]}, predictor="v2"),
+        "offline": ctc_folder(base / "offline"),
+    }
+
+
 def funasr_folder(folder: Path, seed: int = 0) -> Path:
     """A Paraformer as FunASR lays it out: config.yaml, model.pt, tokens.json, am.mvn."""
     folder.mkdir(parents=True)

@@ -33,7 +33,7 @@ from nar_speech.models.ctc_stream import CtcStream
 from nar_speech.models.paraformer_stream import ParaformerStream
 from nar_speech.search.ctc_stream import GreedyStream
 from nar_speech.types import Segment, Transcript, Word
-from tests.model_folders import CONFORMER, ctc_folder, paraformer_folder
+from tests.model_folders import stream_folders
 from tests.streams import drive
 
 torch.set_num_threads(1)
@@ -43,13 +43,7 @@ OPTIONS = EngineOptions(max_sessions=4, buckets=(1, 2, 4))
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    base = tmp_path_factory.mktemp("models")
-    causal = {**CONFORMER, "causal": True, "use_dynamic_chunk": True}
-    return {
-        "ctc": ctc_folder(base / "ctc", encoder_conf=causal),
-        "paraformer": paraformer_folder(base / "paraformer", stream={"chunk": [5, 10, 5]}, predictor="v2"),
-        "offline": ctc_folder(base / "offline"),
-    }
+    return stream_folders(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -14,18 +14,12 @@ from nar_speech.pipelines.transcribe import Transcriber
 from nar_speech.server.formats import log_prob
 from nar_speech.server.models import load_models, load_stream_model, with_twin
 from nar_speech.server.settings import ModelSpec, Settings
-from tests.model_folders import CONFORMER, ctc_folder, paraformer_folder
+from tests.model_folders import stream_folders
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    base = tmp_path_factory.mktemp("models")
-    causal = {**CONFORMER, "causal": True, "use_dynamic_chunk": True}
-    return {
-        "ctc": ctc_folder(base / "ctc", encoder_conf=causal),
-        "paraformer": paraformer_folder(base / "paraformer", stream={"chunk": [5, 10, 5]}, predictor="v2"),
-        "offline": ctc_folder(base / "offline"),
-    }
+    return stream_folders(tmp_path_factory.mktemp("models"))
 
 
 def test_halves_of_models(folders):

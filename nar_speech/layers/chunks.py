@@ -7,6 +7,7 @@ Everything here has shapes that depend on shapes only, never reads a value on th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +139,21 @@ def last(window: Tensor, num_new: Tensor, new: int, size: int) -> Tensor:
 def forget(rows: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors with zeros in the rows where ``rows`` (B,) bool is true."""
     return tuple(t.masked_fill(rows.reshape(-1, *[1] * (t.dim() - 1)), 0) for t in tensors)
+
+
+def state_zeros(
+    batch: int, weight: Tensor, device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[Callable[..., Tensor], torch.dtype]:
+    """What states are made of: ``zeros(*shape, dtype=int64)`` gives (batch, *shape), and the dtype of caches.
+
+    Device and dtype are those of ``weight`` where None.
+    """
+    place = device or weight.device
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(batch, *shape, dtype=dtype, device=place)
+
+    return zeros, dtype or weight.dtype
 
 
 def row_flags(flag: bool | Tensor, batch: int, device: torch.device) -> Tensor:

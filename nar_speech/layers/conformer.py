@@ -23,6 +23,7 @@ from nar_speech.layers.chunks import (
     join,
     position_codes,
     row_flags,
+    state_zeros,
 )
 from nar_speech.layers.conv import ConvolutionModule
 from nar_speech.layers.intermediate import Tap
@@ -368,12 +369,7 @@ class ConformerEncoder(nn.Module):
             ConfigError: as :meth:`chunking`.
         """
         chunking = chunking or self.chunking()
-        weight = self.after_norm.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(batch, *shape, dtype=dtype, device=device)
-
+        zeros, dtype = state_zeros(batch, self.after_norm.weight, device, dtype)
         context = self.config.cnn_module_kernel - 1 if self.config.use_cnn_module else 0
         return ConformerState(
             frames=zeros(self.embed.receptive_field - 1, self.input_size, dtype=dtype),

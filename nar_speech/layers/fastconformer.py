@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nar_speech.config import MAX_BLOCKS, MAX_WIDTH, check_range
 from nar_speech.errors import ConfigError
-from nar_speech.layers.chunks import Chunking, chunk_mask, forget, last, row_flags, step_mask
+from nar_speech.layers.chunks import Chunking, chunk_mask, forget, last, row_flags, state_zeros, step_mask
 from nar_speech.layers.conv import as_linear, depthwise, pointwise
 from nar_speech.layers.intermediate import Tap
 from nar_speech.layers.position import valid_mask
@@ -372,12 +372,7 @@ class FastConformerEncoder(nn.Module):
             ConfigError: as :meth:`chunking`.
         """
         chunking = chunking or self.chunking()
-        weight = self.layers[0].norm_out.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(batch, *shape, dtype=dtype, device=device)
-
+        zeros, dtype = state_zeros(batch, self.layers[0].norm_out.weight, device, dtype)
         past = self.pre_encode.past
         return FastConformerState(
             frames=zeros(past, self.input_size, dtype=dtype),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nar_speech.config import MAX_BLOCKS, MAX_WIDTH, check_range
 from nar_speech.errors import ConfigError, InputError
-from nar_speech.layers.chunks import Chunking, chunk_mask, drop, forget, join, last, row_flags
+from nar_speech.layers.chunks import Chunking, chunk_mask, drop, forget, join, last, row_flags, state_zeros
 from nar_speech.layers.dot_product import dot_product_attention
 from nar_speech.layers.intermediate import Tap
 from nar_speech.layers.packed import WindowProduct, keep_float, linear_gelu, merge_linears
@@ -374,11 +374,7 @@ class WhisperEncoder(nn.Module):
             ConfigError: as :meth:`chunking`.
         """
         left = (chunking or self.chunking()).left
-        weight = self.ln_post.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(batch, *shape, dtype=dtype, device=device)
+        zeros, dtype = state_zeros(batch, self.ln_post.weight, device, dtype)
 
         def caches(blocks: int, frames: int) -> tuple[Tensor, ...]:
             return tuple(zeros(frames, 2 * self.output_size, dtype=dtype) for _ in range(blocks))

@@ -122,8 +122,8 @@ def twin(work: Path) -> list[str]:
     return [
         "### The streaming twin",
         "",
-        "The same sets through mini_en_stream under the masks of its chunks of 640 ms, which gives what a "
-        "stream gets, without a second pass.",
+        "The same sets through mini_en_stream under the masks of its chunks of 640 ms, as a stream hears "
+        "them (but a stream's beam also drops, after each chunk, what is far behind), without a second pass.",
         "",
         *table,
         "",
@@ -200,7 +200,7 @@ STREAM_CARD = """# {name}
 Where it comes from: {source}
 
 Good for: showing words while somebody speaks, before mini_en has heard the whole utterance. Not good for: a
-final text by itself; words are cut at the ends of chunks now and then, and it is as weak in noise as mini_en.
+final text by itself; words are cut at the ends of chunks now and then, and nobody measured it in noise.
 
 Word error rates in per cent (95 % interval), without a second pass:
 

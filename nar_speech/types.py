@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,30 @@ class Audio:
     def duration(self) -> float:
         """Length in seconds."""
         return self.samples.shape[-1] / self.sample_rate
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Tokens of a batch of recordings.
+
+    Attributes:
+        tokens: (B, K, T) int64, codebook by codebook; what lies behind a row's end means nothing.
+        lengths: (B,) int64, frames of each row.
+        sample_rate: of the codec, Hz.
+        samples: (B,) int64, samples that each row was made of; None: unknown.
+        scales: (B, chunks) float32 of a codec that normalises loudness chunk by chunk; None: it does not.
+        chunk_frames: frames of a chunk, where each is coded alone (only the last one is shorter); None:
+            the recording is one piece.
+        codec: name of the codec; "" is unknown.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    sample_rate: int
+    samples: Tensor | None = None
+    scales: Tensor | None = None
+    chunk_frames: int | None = None
+    codec: str = ""
 
 
 @dataclass(frozen=True)

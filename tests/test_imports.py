@@ -25,6 +25,7 @@ BASE = {
     "metrics",
     "checkpoint",
     "model_folder",
+    "sound_folder",
 }
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),

@@ -134,3 +134,10 @@ def window_samples(name: str, size: int) -> Tensor:
 def power_of_two(size: int) -> int:
     """The smallest power of 2 that is not below ``size``."""
     return 1 << (size - 1).bit_length()
+
+
+def stft(waves: Tensor, window: int) -> Tensor:
+    """Complex spectra (B, F, T) of samples (B, N) in float32: Hann windows, centred, hops of a quarter."""
+    with torch.autocast(waves.device.type, enabled=False):
+        shape = torch.hann_window(window, device=waves.device)
+        return torch.stft(waves.float(), window, window // 4, window=shape, return_complex=True)

@@ -1,0 +1,247 @@
+"""Quantizers that turn latent frames into codes: residual vectors with moving-average codebooks, and scalars.
+
+Sources: van den Oord et al. 2017, appendix A.1 (codebooks as moving averages); Zeghidour et al. 2021
+(SoundStream), section III-C (residual levels, dead codes, dropout of levels); Mentzer et al. 2023 (FSQ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nar_speech.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a quantizer gives for latents (B, T, D).
+
+    Attributes:
+        latents: (B, T, D) float32, the code vectors of the levels in use added up; in training gradients pass
+            straight through.
+        tokens: (B, K, T) int64; levels an item does not use hold what they would have been.
+        commitment: scalar, mean squared distance of a level's input from its code vector, over levels in use.
+    """
+
+    latents: Tensor
+    tokens: Tensor
+    commitment: Tensor
+
+
+class Codebook(nn.Module):
+    """``size`` vectors that follow the mean of what is assigned to them.
+
+    Args:
+        size, width: entries, and values of each.
+        decay: of the moving averages.
+        revive: an entry used less than this part of the mean use is replaced by a vector of the batch.
+    """
+
+    def __init__(self, size: int, width: int, decay: float = 0.99, revive: float = 0.05):
+        super().__init__()
+        self.decay, self.revive = decay, revive
+        self.register_buffer("embed", torch.zeros(size, width))
+        self.register_buffer("usage", torch.zeros(size))  # moving average of how often each is chosen
+        self.register_buffer("total", torch.zeros(size, width))  # and of the sum of what chose it
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Entry (M,) closest to each vector (M, D) in Euclidean distance."""
+        table = self.embed.float()
+        return (x @ table.T).mul_(-2).add_(table.square().sum(1)).argmin(1)
+
+    @torch.no_grad()
+    def start(self, x: Tensor) -> None:
+        """Vectors of the first batch as entries; repeated ones are told apart by a little noise."""
+        if bool(self.started):
+            return
+        x = _gather(x)
+        if not len(x):
+            return
+        pick = torch.randint(len(x), (len(self.embed),), device=x.device)
+        noise = torch.randn(len(pick), x.shape[1], device=x.device) * x.std(0).clamp_min(1e-5) * 0.05
+        self._place(torch.ones_like(self.usage, dtype=torch.bool), _from_first(x[pick] + noise))
+        self.started.fill_(True)
+
+    @torch.no_grad()
+    def learn(self, x: Tensor, chosen: Tensor) -> None:
+        """Move the entries towards the vectors (M, D) that chose them (M,), and revive unused ones."""
+        counts = torch.zeros_like(self.usage).index_add_(0, chosen, torch.ones_like(x[:, 0]))
+        sums = torch.zeros_like(self.total).index_add_(0, chosen, x)
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        self.usage.mul_(self.decay).add_(counts, alpha=1 - self.decay)
+        self.total.mul_(self.decay).add_(sums, alpha=1 - self.decay)
+        self.embed.copy_(self.total / self.usage.clamp_min(1e-8)[:, None])
+        mean = self.usage.mean()
+        dead = self.usage < self.revive * mean
+        pool = _gather(x) if bool(dead.any()) else x[:0]
+        if len(pool):
+            pick = torch.randint(len(pool), (len(dead),), device=pool.device)
+            self._place(dead, _from_first(pool[pick]), float(mean))
+
+    def _place(self, where: Tensor, vectors: Tensor, usage: float = 1.0) -> None:
+        self.embed.copy_(torch.where(where[:, None], vectors, self.embed))
+        self.usage.masked_fill_(where, usage)
+        self.total.copy_(torch.where(where[:, None], vectors * usage, self.total))
+
+
+class ResidualVectorQuantizer(nn.Module):
+    """K codebooks, each for what the ones before have left over.
+
+    Args:
+        width: of latents D.
+        num_codebooks, codebook_size: K levels of so many entries.
+        code_width: the levels work in this many dimensions (linear projections in and out); default D.
+        decay, revive: see :class:`Codebook`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_codebooks: int,
+        codebook_size: int,
+        code_width: int | None = None,
+        decay: float = 0.99,
+        revive: float = 0.05,
+    ):
+        super().__init__()
+        inner = code_width or width
+        self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
+        self.project_in = nn.Linear(width, inner) if inner != width else nn.Identity()
+        self.project_out = nn.Linear(inner, width) if inner != width else nn.Identity()
+        self.levels = nn.ModuleList(
+            Codebook(codebook_size, inner, decay, revive) for _ in range(num_codebooks)
+        )
+
+    def forward(self, x: Tensor, levels: Tensor | None = None) -> Quantized:
+        """Quantize latents and, in training mode, let the codebooks learn from them.
+
+        Args:
+            x: (B, T, D).
+            levels: (B,) how many levels each item uses (quantizer dropout), or None for all.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.project_in(x.float())
+            used = x.new_full((len(x),), self.num_codebooks) if levels is None else levels.to(x)
+            rest, result, tokens, losses = x, torch.zeros_like(x), [], []
+            for number, level in enumerate(self.levels):
+                active = used > number
+                flat = rest.detach()[active].flatten(0, 1)
+                if self.training:  # in every process, also where no item uses this level: they learn together
+                    level.start(flat)
+                chosen = level.nearest(rest.detach().flatten(0, 1)).view(x.shape[:2])
+                vectors = level.embed.float()[chosen]
+                mask = active.view(-1, 1, 1)
+                losses.append(
+                    ((rest - vectors.detach()).square() * mask).mean() * len(x) / active.sum().clamp_min(1)
+                )
+                if self.training:
+                    level.learn(flat, chosen[active].flatten())
+                result = result + vectors * mask
+                rest = rest - vectors * mask
+                tokens.append(chosen)
+            straight = x + (result - x).detach() if self.training else result
+            return Quantized(self.project_out(straight), torch.stack(tokens, 1), torch.stack(losses).mean())
+
+    def encode(self, x: Tensor, num_codebooks: int | None = None) -> Tensor:
+        """Codes (B, K, T) of latents (B, T, D); ``num_codebooks`` leaves the finer levels out."""
+        rest, tokens = self.project_in(x.float()), []
+        for level in self.levels[: self.num_codebooks if num_codebooks is None else num_codebooks]:
+            chosen = level.nearest(rest.flatten(0, 1)).view(rest.shape[:2])
+            rest = rest - level.embed.float()[chosen]
+            tokens.append(chosen)
+        return torch.stack(tokens, 1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Latents (B, T, D) of codes (B, K, T); fewer levels than there are give a coarser result."""
+        pairs = zip(self.levels, tokens.unbind(1), strict=False)
+        return self.project_out(sum(level.embed.float()[chosen] for level, chosen in pairs))
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """Every latent value rounded to one of a few steps; a group of values makes one code.
+
+    There is nothing to learn but the projections, and no codebook that could collapse.
+
+    Args:
+        width: of latents D.
+        num_codebooks: groups K.
+        steps: steps of each value of a group, such as (8, 5, 5, 5): 1000 codes.
+    """
+
+    def __init__(self, width: int, num_codebooks: int, steps: Sequence[int]):
+        super().__init__()
+        if not steps or min(steps) < 2:
+            raise ConfigError(f"quantizer.steps: at least one value of 2 or more steps, got {list(steps)}")
+        self.num_codebooks, self.steps = num_codebooks, tuple(steps)
+        self.codebook_size = 1
+        basis = []
+        for count in self.steps:
+            basis.append(self.codebook_size)
+            self.codebook_size *= count
+        self.project_in = nn.Linear(width, num_codebooks * len(self.steps))
+        self.project_out = nn.Linear(num_codebooks * len(self.steps), width)
+        self.register_buffer("basis", torch.tensor(basis), persistent=False)
+        self.register_buffer("counts", torch.tensor(self.steps), persistent=False)
+
+    def forward(self, x: Tensor, levels: Tensor | None = None) -> Quantized:
+        """Quantize (B, T, D); ``levels`` (B,): groups beyond that many count as zero."""
+        with torch.autocast(x.device.type, enabled=False):
+            bounded = self._bound(self.project_in(x.float()).unflatten(2, (self.num_codebooks, -1)))
+            digits = bounded.detach().round()
+            values = bounded + (digits - bounded.detach()) if self.training else digits
+            scaled = values / self._half()
+            if levels is not None:
+                group = torch.arange(self.num_codebooks, device=x.device)
+                scaled = scaled * (group < levels[:, None]).to(scaled)[:, None, :, None]
+            return Quantized(self.project_out(scaled.flatten(2)), self._codes(digits), scaled.new_zeros(()))
+
+    def encode(self, x: Tensor, num_codebooks: int | None = None) -> Tensor:
+        """Codes (B, K, T) of latents (B, T, D)."""
+        digits = self._bound(self.project_in(x.float()).unflatten(2, (self.num_codebooks, -1))).round()
+        return self._codes(digits)[:, :num_codebooks]
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Latents (B, T, D) of codes (B, K, T); groups that are missing count as zero."""
+        digits = tokens.transpose(1, 2)[..., None] // self.basis % self.counts
+        values = (digits - self.counts // 2) / self._half()
+        missing = self.num_codebooks - tokens.shape[1]
+        values = nn.functional.pad(values, (0, 0, 0, missing))
+        return self.project_out(values.flatten(2))
+
+    def _half(self) -> Tensor:
+        return (self.counts // 2).float()
+
+    def _bound(self, x: Tensor) -> Tensor:
+        """Values between -floor(L/2) and the largest step; even numbers of steps are shifted by a half."""
+        half = (self.counts - 1).float() * (1 - 1e-3) / 2
+        shift = torch.where(self.counts % 2 == 0, 0.5, 0.0)
+        return torch.tanh(x + torch.atanh(shift / half)) * half - shift
+
+    def _codes(self, digits: Tensor) -> Tensor:
+        return ((digits.long() + self.counts // 2) * self.basis).sum(-1).transpose(1, 2)
+
+
+def _gather(x: Tensor) -> Tensor:
+    """The vectors of all processes, where there are as many in each."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+    longest = int(max(sizes))
+    parts = [x.new_zeros(longest, x.shape[1]) for _ in sizes]
+    dist.all_gather(parts, nn.functional.pad(x, (0, 0, 0, longest - len(x))))
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _from_first(x: Tensor) -> Tensor:
+    """What the first process holds, in all of them."""
+    if dist.is_initialized():
+        dist.broadcast(x, 0)
+    return x

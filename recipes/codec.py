@@ -1,0 +1,163 @@
+"""Train a codec: reconstruction of spectra, adversarial losses, codebooks of moving averages.
+
+  python -m recipes.codec configs/codec/mini.yaml train.output_dir=exp/codec key=value ...
+  torchrun --nproc-per-node 2 -m recipes.codec CONFIG.yaml ...
+
+The same command goes on after any interruption. Results in train.output_dir: checkpoints, train.jsonl,
+tensorboard/, loss.png and model/, the folder that nar-speech codec reads.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nar_speech import config as configs
+from nar_speech.codec.folder import count_parameters, write_codec_folder
+from nar_speech.codec.spectral import SpectralCodec, SpectralCodecConfig
+from nar_speech.data.crops import CropConfig, CropData, CropEval
+from nar_speech.errors import ConfigError
+from nar_speech.layers.discriminator import MultiResolutionDiscriminator
+from nar_speech.losses import gan
+from nar_speech.losses.spectral import complex_distance, mel_distance
+from nar_speech.train import World, say, train
+from nar_speech.train.distributed import sum_over
+from nar_speech.train.loop import TrainConfig
+from nar_speech.train.recipe import InitSection, load_initial, run_recipe
+from nar_speech.types import ModelCard
+
+
+@dataclass(frozen=True)
+class LossSection:
+    """Factors of the losses; zero leaves one out."""
+
+    mel: float = 15.0
+    complex: float = 5.0
+    commitment: float = 0.25
+    adversarial: float = 1.0
+    features: float = 2.0
+
+
+@dataclass(frozen=True)
+class GanSection:
+    """The discriminators, and from which step on they take part.
+
+    Attributes:
+        start: optimizer steps without them.
+        windows, channels, layers: see :class:`~nar_speech.layers.discriminator.MultiResolutionDiscriminator`.
+    """
+
+    start: int = 0
+    windows: list[int] = field(default_factory=lambda: [256, 512, 1024])
+    channels: int = 16
+    layers: int = 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that can be set.
+
+    Attributes:
+        network: fields of :class:`~nar_speech.codec.spectral.SpectralCodecConfig`.
+        levels: numbers of codebooks, one of which is drawn for each piece of a batch (quantizer dropout).
+        validate_levels: numbers of codebooks that validation measures.
+    """
+
+    card: ModelCard
+    network: dict[str, Any]
+    data: CropConfig
+    train: TrainConfig
+    levels: list[int]
+    validate_levels: list[int]
+    losses: LossSection = LossSection()
+    gan: GanSection = GanSection()
+    init: InitSection = field(default_factory=InitSection)
+
+    def __post_init__(self) -> None:
+        if not self.levels or not self.validate_levels:
+            raise ConfigError("levels, validate_levels: name at least one number of codebooks")
+
+
+class CodecWithDiscriminators(nn.Module):
+    """What is trained: one optimizer moves both, each by its own part of the loss."""
+
+    def __init__(self, codec: SpectralCodec, discriminator: MultiResolutionDiscriminator):
+        super().__init__()
+        self.codec, self.discriminator = codec, discriminator
+
+
+def recipe(config: Recipe, world: World) -> None:
+    """Model, data, loss, training, model folder: in this order."""
+    network = configs.from_dict(SpectralCodecConfig, config.network, "network")
+    if max(*config.levels, *config.validate_levels) > network.num_codebooks:
+        raise ConfigError(f"levels: the network has {network.num_codebooks} codebooks")
+    torch.manual_seed(config.train.seed)
+    parts = MultiResolutionDiscriminator(config.gan.windows, config.gan.channels, config.gan.layers)
+    model = CodecWithDiscriminators(SpectralCodec(network), parts)
+    codec = model.codec
+    say(world, f"codec: {count_parameters(codec) / 1e6:.2f} M values, {codec.frame_rate:g} frames a second")
+    say(world, load_initial(model, config.init))
+    seed, rate = config.train.seed, config.data.sample_rate
+    data = CropData(config.data, codec.hop, seed, world.rank, world.size)
+    dev = CropEval(config.data, codec.hop, world.rank, world.size)
+    choices = torch.tensor(config.levels, device=world.device)
+
+    def loss_step(model, batch, generator, step):
+        waves = batch.waves
+        pick = torch.randint(len(choices), (len(waves),), generator=generator, device=waves.device)
+        decoded, quantized = model.codec(waves, choices[pick])
+        mel, phase = mel_distance(decoded, waves, rate), complex_distance(decoded, waves)
+        factors = config.losses
+        loss = factors.mel * mel + factors.complex * phase + factors.commitment * quantized.commitment
+        terms = {
+            "loss_mel": mel.detach(),
+            "loss_complex": phase.detach(),
+            "loss_commit": quantized.commitment,
+        }
+        if step >= config.gan.start:
+            extra, more = adversarial(model.discriminator, decoded, waves, factors)
+            loss, terms = loss + extra, {**terms, **more}
+        return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
+
+    def validate(model):
+        sums = torch.zeros(2 * len(config.validate_levels) + 1, dtype=torch.float64)
+        for batch in dev:
+            batch = batch.to(world.device)
+            for n, levels in enumerate(config.validate_levels):
+                decoded, _ = model.codec(batch.waves, choices.new_full((len(batch.waves),), levels))
+                distances = mel_distance(decoded, batch.waves, rate), complex_distance(decoded, batch.waves)
+                sums[2 * n : 2 * n + 2] += torch.stack(distances).double().cpu() * len(batch.waves)
+            sums[-1] += len(batch.waves)
+        sums = sum_over(world, sums)
+        means = (sums[:-1] / sums[-1]).view(-1, 2).tolist()
+        metrics = {f"mel_{n}": row[0] for n, row in zip(config.validate_levels, means, strict=True)}
+        metrics |= {f"complex_{n}": row[1] for n, row in zip(config.validate_levels, means, strict=True)}
+        return {"loss": sum(row[0] for row in means) / len(means), **metrics}
+
+    result = train(config.train, model, loss_step, data, validate, world)
+    if result.finished and world.main:
+        card = configs.from_dict(ModelCard, {**configs.to_dict(config.card), "metrics": result.metrics})
+        say(world, f"model folder: {write_codec_folder(f'{config.train.output_dir}/model', codec, card)}")
+
+
+def adversarial(
+    discriminator: nn.Module, decoded: Tensor, waves: Tensor, factors: LossSection
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The discriminators' own loss and what they ask of the codec: one sum whose gradients don't mix."""
+    real, real_maps = discriminator(waves)
+    fake, _ = discriminator(decoded.detach())
+    constants = {name: value.detach() for name, value in discriminator.named_parameters()}
+    judged, maps = functional_call(discriminator, constants, (decoded,))
+    own = gan.discriminator_loss(real, fake)
+    fooled, features = gan.generator_loss(judged), gan.feature_loss(real_maps, maps)
+    loss = own + factors.adversarial * fooled + factors.features * features
+    return loss, {"loss_discriminator": own, "loss_adversarial": fooled, "loss_features": features}
+
+
+if __name__ == "__main__":
+    sys.exit(run_recipe(Recipe, recipe, sys.argv[1:], __doc__))

@@ -35,6 +35,8 @@ class Codec(nn.Module, abc.ABC):
         delay: samples by which a stream's decoded sound lags behind its input, beside the frame being filled.
         can_stream: whether a stream gives anything before its last step.
         chunk_frames: frames of the chunks that are coded alone; None: a recording is one piece.
+        has_scales: whether sound is normalised, so that decoding needs ``Codes.scales``. A stream's encoder
+            state has them as ``scales`` (B, chunks so far); :meth:`give_scales` adds them to a decoder's.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Codec(nn.Module, abc.ABC):
     delay: int = 0
     can_stream: bool = True
     chunk_frames: int | None = None
+    has_scales: bool = False
 
     @abc.abstractmethod
     def encode(self, waves: Tensor, lengths: Tensor | None = None, num_codebooks: int | None = None) -> Codes:
@@ -97,6 +100,14 @@ class Codec(nn.Module, abc.ABC):
     @abc.abstractmethod
     def decode_step(self, tokens: Tensor, state: Any, final: bool = False) -> tuple[Tensor, Any]:
         """Waves (B, C, n) that are complete now, n >= 0, for more tokens (B, K, t), t >= 0."""
+
+    def give_scales(self, state: Any, scales: Tensor) -> Any:
+        """A decoder's state with the scales (B, chunks) of the chunks whose tokens come next.
+
+        Raises:
+            InputError: this codec has none.
+        """
+        raise InputError(f"{self.name}: this codec does not normalise; leave the scales away")
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +163,7 @@ class Codec(nn.Module, abc.ABC):
             )
         if not 1 <= tokens.shape[1] <= self.num_codebooks:
             raise InputError(
-                f"{self.name}: tokens of {tokens.shape[1]} codebooks; this codec has 1 to {self.num_codebooks}"
+                f"{self.name}: tokens of {tokens.shape[1]} codebooks; this codec has {self.num_codebooks}"
             )
         if tokens.numel():
             low, high = (int(bound) for bound in torch.aminmax(tokens))

@@ -24,15 +24,15 @@ class StepInfo:
         step: (R,) int64, step of each row in this stage, from 0. Rows may differ where items run ahead of the
             plan (adaptive unmasking).
         progress: (R,) float32 u in [0, 1], what the mask schedule is a function of.
-        time: (R,) float32, 1 - step / steps: 1 at the first step, never 0. What a network with a step embedding
-            reads (MaskGCT's t).
+        time: (R,) float32, 1 - step / steps: 1 at the first step, never 0. A network with a step embedding
+            reads it (MaskGCT's t).
         guidance: (R,) float32 coefficient of classifier-free guidance; 1: the conditional logits alone.
         guided: whether any of ``guidance`` is not 1; if False the unconditional pass is not needed.
         temperature: (R,) float32 of the softmax that tokens are drawn from.
         lengths: (R,) int64 positions of each row.
         active: (R, T) bool, positions whose logits will be read; all others may hold anything.
-        changed: (R, T) bool, positions where the input of any codebook differs from this item's previous call;
-            all True at the first call. What was computed for an item before may be reused where it is False.
+        changed: (R, T) bool, positions where the input of any codebook differs from this item's previous
+            call; all True at the first. What was computed for an item may be reused where it is False.
         frozen: (R, T) bool, positions whose input stays as it is now to the end of this stage.
         rows: (R,) int64, item of each row.
         items: the same as plain numbers.
@@ -55,14 +55,15 @@ class StepInfo:
     items: tuple[int, ...]
 
 
-# (tokens (R, T) with mask ids, step) -> (conditional logits, unconditional logits or None). Logits are (R, T, V),
-# or (M, V) of the M active positions only, in the order of ``logits[step.active]``. V is the number of tokens that
-# can be drawn; with V > mask id the mask itself can be predicted, and the position then stays masked (Mask-CTC).
+# (tokens (R, T) with mask ids, step) -> (conditional logits, unconditional logits or None). Logits are
+# (R, T, V), or (M, V) of the M active positions only, in the order of ``logits[step.active]``. V is the
+# number of tokens that can be drawn; with V > mask id the mask itself can be predicted, and the position then
+# stays masked (Mask-CTC).
 Predict = Callable[[Tensor, StepInfo], tuple[Tensor, Tensor | None]]
 
 # The same over K codebooks: tokens (R, K, T); logits of the codebook ``step.stage``.
 PredictCodebook = Callable[[Tensor, StepInfo], tuple[Tensor, Tensor | None]]
 
-# (tokens with the drawn ones filled in (R, T) or (R, K, T), step) -> probabilities (R, T) that an external model
-# gives the tokens of the codebook ``step.stage``.
+# (tokens with the drawn ones filled in (R, T) or (R, K, T), step) -> probabilities (R, T) that an external
+# model gives the tokens of the codebook ``step.stage``.
 Rescore = Callable[[Tensor, StepInfo], Tensor]

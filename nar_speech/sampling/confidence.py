@@ -10,8 +10,8 @@ from torch import Tensor
 from nar_speech.errors import ConfigError
 
 
-def confidence_of(kind: str, probabilities: Tensor, tokens: Tensor) -> Tensor:
-    """Confidence in [0, 1] of every drawn token.
+def confidence_of(kind: str, probabilities: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
+    """Confidence of every drawn token, in [0, 1] but for ``logit``.
 
     Args:
         kind: ``probability`` of the token; ``purity`` highest probability; ``margin`` between the two
@@ -35,8 +35,10 @@ def confidence_of(kind: str, probabilities: Tensor, tokens: Tensor) -> Tensor:
         first = probabilities.topk(2, dim=-1).values
         return first[:, 0] - first[:, 1]
     if kind == "entropy":
-        return 1 - entropy(probabilities) / math.log(max(probabilities.shape[-1], 2))
-    raise ConfigError(f"confidence '{kind}': unknown; use probability, purity, margin or entropy")
+        return (1 - entropy(probabilities) / math.log(max(probabilities.shape[-1], 2))).clamp(min=0)
+    if kind == "logit":
+        return logits.gather(1, tokens[:, None])[:, 0]
+    raise ConfigError(f"confidence '{kind}': unknown; use probability, purity, margin, entropy or logit")
 
 
 def entropy(probabilities: Tensor) -> Tensor:

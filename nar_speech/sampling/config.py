@@ -48,7 +48,8 @@ class MaskedConfig:
             before which less than p has been summed up; 0 is off. top_p wins over top_k (official MAGNeT).
         confidence: of a drawn token: its ``probability``; or of its distribution: ``purity`` highest
             probability, ``margin`` between the first two, ``entropy`` 1 - entropy / log V. Of the filtered
-            distribution with top_k, of the whole one with top_p (official).
+            distribution with top_k, of the whole one with top_p (official). ``logit``: of the token, without
+            a softmax (Mask-CTC).
         tempered_confidence: take it after the temperature (MAGNeT) or before (MaskGCT).
         confidence_noise: added to it: this times Gumbel noise times the time 1 - i/N (choice temperature).
         guidance: coefficient g of classifier-free guidance, uncond + g (cond - uncond); 1 is off.
@@ -87,7 +88,7 @@ class MaskedConfig:
     final_greedy: bool = False
     top_k: int = 0
     top_p: float = 0.0
-    confidence: Literal["probability", "purity", "margin", "entropy"] = "probability"
+    confidence: Literal["probability", "purity", "margin", "entropy", "logit"] = "probability"
     tempered_confidence: bool = True
     confidence_noise: float = 0.0
     guidance: float = 1.0
@@ -126,6 +127,8 @@ class MaskedConfig:
             )
         if self.dilation and len(used) > 1:
             raise ConfigError(f"dilation: fixes the order, so it can't go with {used[1]}; choose one")
+        if self.confidence == "logit" and (self.scoring == "prod" or overlapping):
+            raise ConfigError("confidence 'logit': can be negative, so it needs scoring 'max' and no overlap")
         if self.adaptive == "threshold" and self.adaptive_level > 1:
             raise ConfigError(f"adaptive_level: got {self.adaptive_level:g}; a threshold is at most 1")
 
@@ -186,4 +189,4 @@ def maskgct_config(
 
 def mask_ctc_config(iterations: int, **options: Any) -> MaskedConfig:
     """Mask-CTC's easy-first refinement: greedy, the same number of tokens fixed in every step."""
-    return MaskedConfig(steps=iterations, schedule="even", greedy=True, **{"confidence": "purity"} | options)
+    return MaskedConfig(steps=iterations, schedule="even", greedy=True, **{"confidence": "logit"} | options)

@@ -240,7 +240,7 @@ class _Loop:
             config.tempered_confidence,
         )
         tokens = torch.where(greedy[place], logits.argmax(-1), tokens)
-        certain = confidence_of(config.confidence, probabilities, tokens).clamp(min=0)
+        certain = confidence_of(config.confidence, probabilities, tokens, logits)
         certainty = None
         if config.adaptive != "none":
             certainty = unit_certainty(torch.softmax(logits, -1), tokens, needed, self.span)

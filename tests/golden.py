@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.golden_kinds import codec, ctc, fastconformer, paraformer
+from tests.golden_kinds import codec, ctc, fastconformer, magnet, paraformer
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ HANDLERS: dict[tuple[str, str], Handler] = {
     **{("paraformer", kind): handler for kind, handler in paraformer.HANDLERS.items()},
     **{("ctc", kind): handler for kind, handler in ctc.HANDLERS.items()},
     **{("ctc", kind): handler for kind, handler in fastconformer.HANDLERS.items()},
+    **{("magnet", kind): handler for kind, handler in magnet.HANDLERS.items()},
     **{("codec", kind): handler for kind, handler in codec.HANDLERS.items()},
 }
 

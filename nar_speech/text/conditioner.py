@@ -235,11 +235,9 @@ def _load(source: str, kind: str) -> tuple[Any, Any]:
                     f"{source}: is a '{config.model_type}', expected a '{wanted}' text encoder"
                 )
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-            extra = {"add_pooling_layer": False} if kind == "sentence" else {}
+            options |= {"add_pooling_layer": False} if kind == "sentence" else {}
             cls = getattr(transformers, MODEL_FILES[kind])
-            network = cls.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True, **options, **extra
-            )
+            network = cls.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise

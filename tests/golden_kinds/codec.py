@@ -6,6 +6,8 @@ tokens and the sound of the whole, and a row of the batch gives what it gives al
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nar_speech.checkpoint import load_strict
-from nar_speech.codec import encodec
+from nar_speech.codec import dac, encodec, mimi
 from nar_speech.codec.base import Codec
 from nar_speech.types import Codes
 
@@ -81,16 +83,21 @@ def stream_decode(codec: Codec, tokens: Tensor, scales: Tensor | None = None) ->
     return torch.cat([*parts, part], 2)
 
 
-def consequences(case: Case, codec: Codec, waves: Tensor, tokens: Tensor, sound: Tensor) -> Iterator[Check]:
-    """What recorded ``tokens`` of ``waves``, and their ``sound``, imply for streams and single rows."""
-    count = tokens.shape[1]
+def consequences(case: Case, codec: Codec, waves: Tensor, count: int) -> Iterator[Check]:
+    """Streams give the whole, and rows of the batch what they give alone.
+
+    In double precision: with the random weights of some cases roundings of float32 grow to a thousandth.
+    """
+    codec = copy.deepcopy(codec).double()
+    waves = waves.double()
+    codes = codec.encode(waves, num_codebooks=count)
+    sound = codec.decode(dataclasses.replace(codes, samples=None))[0]
     streamed, state = stream_encode(codec, waves, count)
-    yield case.equal("stream: tokens", bool(torch.equal(streamed, tokens)), True)
-    scales = getattr(state, "scales", None)
-    if tokens.shape[2]:
-        yield close(case, "stream: sound", stream_decode(codec, tokens, scales), "wav", sound)
+    yield case.equal(f"{count} codebooks, stream: tokens", bool(torch.equal(streamed, codes.tokens)), True)
+    got = stream_decode(codec, codes.tokens, getattr(state, "scales", None))
+    yield close(case, f"{count} codebooks, stream: sound", got, "wav", sound)
     single = codec.encode(waves[:1], num_codebooks=count)
-    yield case.equal("row alone: tokens", bool(torch.equal(single.tokens, tokens[:1])), True)
+    yield case.equal("row alone: tokens", bool(torch.equal(single.tokens, codes.tokens[:1])), True)
 
 
 def named(case: Case, pattern: str) -> list[tuple[str, re.Match[str]]]:
@@ -126,7 +133,7 @@ def encodec_audiocraft(case: Case) -> Iterator[Check]:
         sound = codec.decode(codes_of(codec, io[name], codes.scales))[0]
         if f"wav_out.nq{count}" in io:
             yield close(case, f"wav_out.nq{count}", sound, "wav")
-        yield from consequences(case, codec, waves, io[name], sound)
+        yield from consequences(case, codec, waves, count)
     if "forward.x" in io:
         yield close(case, "forward.x", codec.decode(codec.encode(waves))[0], "wav")
     if "random_codes_wav" in io:
@@ -165,7 +172,7 @@ def encodec_hf(case: Case) -> Iterator[Check]:
         sound = codec.decode(codes_of(codec, tokens, codes.scales))[0]
         trimmed = sound if lengths is None else sound[:, :, : waves.shape[2]]  # official: to the mask
         yield close(case, f"wav_out.bw{key}", trimmed, "wav")
-        yield from consequences(case, codec, waves, tokens, sound)
+        yield from consequences(case, codec, waves, count)
         if lengths is not None:
             yield from ragged(case, codec, waves, lengths, count)
 
@@ -184,7 +191,66 @@ def ragged(case: Case, codec: Codec, waves: Tensor, lengths: Tensor, count: int)
         yield close(case, f"row {row} of a ragged batch: sound", got, "wav", want)
 
 
+def dac_official(case: Case) -> Iterator[Check]:
+    """Encoder output, codes, projected inputs, quantised sum and sound by number of codebooks.
+
+    The sound is of the quantised sum as the encoder has it: of the codes' own vectors it differs in the last
+    bits, which the random weights of a case may make audible.
+    """
+    io = case.io
+    codec = dac.DacCodec(dac.official_config(case.meta["config"]))
+    load_strict(codec.model, dac.rename(case.weights, codec.blocks, "weights"))
+    with torch.no_grad():
+        hidden = codec.model.encoder(io["wav"])
+    if "encoder_out" in io:
+        yield close(case, "encoder_out", hidden, "z")
+    for name, match in named(case, r"codes\.nq(\d+)"):
+        count = int(match[1])
+        yield close(case, name, codec.encode(io["wav"], num_codebooks=count).tokens, "codes")
+        with torch.no_grad():
+            _, inputs, total = codec.quantize_levels(hidden, count)
+        yield close(case, f"latents.nq{count}", inputs, "z")
+        yield close(case, f"z.nq{count}", total, "z")
+        yield close(case, f"z_from_codes.nq{count}", codec.latents(io[name]), "z")
+        yield close(case, f"wav_out.nq{count}", codec.decode_latents(total), "wav")
+        yield from consequences(case, codec, io["wav"], count)
+
+
+def mimi_hf(case: Case) -> Iterator[Check]:
+    """Latents, codes and sound by number of codebooks; the codes of whole chunks as a stream."""
+    io = case.io
+    codec = mimi.MimiCodec(case.meta["config"])
+    load_strict(codec.model, mimi.rename(case.weights))
+    codec.forget_vectors()
+    if "latents" in io:
+        with torch.no_grad():
+            yield close(case, "latents", codec.model.encoder(io["wav"]).latents, "wav")
+    for name, match in named(case, r"codes\.nq(\d+)"):
+        count = int(match[1])
+        yield close(case, name, codec.encode(io["wav"], num_codebooks=count).tokens, "codes")
+        sound = codec.decode(codes_of(codec, io[name]))[0]
+        yield close(case, f"wav_out.nq{count}", sound, "wav")
+        yield from consequences(case, codec, io["wav"], count)
+        if count == codec.num_codebooks and "quantized" in io:
+            yield close(case, "quantized", codec.latents(io[name]), "wav")
+        state, parts = codec.init_decoder(io[name].shape[0]), []
+        for frame in range(io[name].shape[2]):
+            part, state = codec.decode_step(io[name][:, :, frame : frame + 1], state)
+            yield case.equal(f"frame {frame} alone gives a frame", part.shape[2], codec.hop)
+            parts.append(part)
+        yield close(case, f"wav_out.nq{count}, frame by frame", torch.cat(parts, 2), "wav", sound)
+    if "stream_codes" in io:
+        size, parts = case.meta["chunk"], []
+        state = codec.init_encoder(io["wav"].shape[0], io["stream_codes"].shape[1])
+        for begin in range(0, io["wav"].shape[2], size):
+            part, state = codec.encode_step(io["wav"][:, :, begin : begin + size], state)
+            parts.append(part)
+        yield close(case, "stream_codes", torch.cat(parts, 2), "codes")
+
+
 HANDLERS = {
+    "dac": dac_official,
+    "mimi": mimi_hf,
     "encodec_audiocraft": encodec_audiocraft,
     "encodec_hf": encodec_hf,
 }

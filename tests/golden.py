@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.golden_kinds import codec, ctc, fastconformer, magnet, paraformer
+from tests.golden_kinds import codec, ctc, fastconformer, magnet, magnet_sampling, paraformer
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ HANDLERS: dict[tuple[str, str], Handler] = {
     **{("ctc", kind): handler for kind, handler in ctc.HANDLERS.items()},
     **{("ctc", kind): handler for kind, handler in fastconformer.HANDLERS.items()},
     **{("magnet", kind): handler for kind, handler in magnet.HANDLERS.items()},
+    **{("magnet", kind): handler for kind, handler in magnet_sampling.HANDLERS.items()},
     **{("codec", kind): handler for kind, handler in codec.HANDLERS.items()},
 }
 

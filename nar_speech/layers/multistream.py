@@ -339,7 +339,7 @@ class MultiStreamNetwork(nn.Module):
         elif not bool(text.all()):
             rows = text.nonzero()[:, 0]
             condition, mask = condition[rows], mask[rows]
-        dtype = self.condition_proj.weight.dtype
+        dtype = self.out_norm.weight.dtype
         states = self.condition_proj(condition.to(dtype)) * mask.unsqueeze(-1).to(dtype)
         pairs = [b.cross_attention.keys(b._ready(states)) for b in self.blocks] if mask.numel() else []
         look = None
@@ -354,6 +354,21 @@ class MultiStreamNetwork(nn.Module):
         if head is not None:
             return self.linears[head](x)
         return torch.stack([linear(x) for linear in self.linears], dim=-3)
+
+
+def with_null(
+    condition: Tensor, mask: Tensor, null: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows (B, L, W) with as many rows of the null condition behind them; null (1 or B, L', W) or no text."""
+    if null is None:
+        return torch.cat([condition, torch.zeros_like(condition)]), torch.cat([mask, torch.zeros_like(mask)])
+    states, seen = (t.expand(len(condition), *t.shape[1:]).to(condition.device) for t in null)
+    longest = max(condition.shape[1], states.shape[1])
+
+    def pad(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, longest - x.shape[1]))
+
+    return torch.cat([pad(condition), pad(states)]), torch.cat([pad(mask), pad(seen)])
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -164,7 +164,7 @@ def masked_cross_entropy(
         masked: (B, ...) bool, the positions that count; none at all gives a loss of 0.
 
     Returns:
-        ``loss``, ``acc`` (part of the positions whose highest logit is right) and ``masked`` (how many count).
+        ``loss``; ``acc``, part of the positions whose highest logit is right; ``masked``, how many count.
     """
     count = masked.sum()
     rows = logits[masked].float()

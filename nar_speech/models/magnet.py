@@ -131,8 +131,8 @@ class Magnet(MultiStreamNetwork):
             raise InputError("tokens: no frames; a clip has at least one")
         if frames > self.config.max_frames and not allow_longer:
             raise InputError(
-                f"{frames} frames are more than the {self.config.max_frames} ({self.config.segment_seconds:g} s)"
-                " that this model was trained on; make longer clips in windows, or set allow_longer"
+                f"{frames} frames are more than the {self.config.max_frames} that this model was trained on"
+                f" ({self.config.segment_seconds:g} s); make longer clips in windows, or set allow_longer"
             )
 
     def run(
@@ -172,7 +172,7 @@ class Magnet(MultiStreamNetwork):
         return x
 
     def attention(self, batch: int, frames: int, lengths: Tensor | None, restricted: bool) -> Attend:
-        """Self attention of a pass of ``batch`` rows: over valid positions, or those of them that are near."""
+        """Self attention of a pass of ``batch`` rows: over valid positions, or the near ones of them."""
         whole = lengths is None
         if restricted:
             context = self.config.context

@@ -1,4 +1,4 @@
-"""MusicGen's language model (Copet et al. 2023, arXiv 2306.05284): autoregressive over K delayed code streams.
+"""MusicGen's language model (Copet et al. 2023, arXiv 2306.05284): autoregressive over delayed code streams.
 
 Here it is MAGNeT's partner: it scores codes for rescoring and begins clips in the hybrid mode, and it makes
 whole clips to compare with. The sampling loop is :mod:`nar_speech.sampling.autoregressive`.
@@ -15,7 +15,13 @@ from torch import Tensor
 
 from nar_speech.config import check_range
 from nar_speech.errors import ConfigError, InputError
-from nar_speech.layers.multistream import Attend, MultiStreamConfig, MultiStreamNetwork, TextMemory
+from nar_speech.layers.multistream import (
+    Attend,
+    MultiStreamConfig,
+    MultiStreamNetwork,
+    TextMemory,
+    with_null,
+)
 
 MAX_DELAY = 10_000
 
@@ -97,7 +103,7 @@ def delay_codes(codes: Tensor, lengths: Tensor | None, lags: tuple[int, ...], sp
 
 
 def undelay(sequence: Tensor, frames: int, lags: tuple[int, ...], first: int) -> Tensor:
-    """The inverse for (B, K, S, ...): entry s of stream k to frame s - first - lags[k]; (B, K, frames, ...)."""
+    """The inverse: entry s of stream k (B, K, S, ...) to frame s - first - lags[k]; (B, K, frames, ...)."""
     return torch.stack([sequence[:, k, lag + first :][:, :frames] for k, lag in enumerate(lags)], dim=1)
 
 
@@ -284,18 +290,3 @@ class MusicGen(MultiStreamNetwork):
         for number, block in enumerate(self.blocks):
             x = block(number, x, attend, memory)
         return x
-
-
-def with_null(
-    condition: Tensor, mask: Tensor, null: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Rows (B, L, W) with as many rows of the null condition behind them; null (1 or B, L', W) or no text."""
-    if null is None:
-        return torch.cat([condition, torch.zeros_like(condition)]), torch.cat([mask, torch.zeros_like(mask)])
-    states, seen = (t.expand(len(condition), *t.shape[1:]).to(condition.device) for t in null)
-    longest = max(condition.shape[1], states.shape[1])
-
-    def pad(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, longest - x.shape[1]))
-
-    return torch.cat([pad(condition), pad(states)]), torch.cat([pad(mask), pad(seen)])

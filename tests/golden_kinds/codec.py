@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from nar_speech.checkpoint import load_strict
-from nar_speech.codec import dac, encodec, mimi
+from nar_speech.codec import dac, encodec, mimi, vocos
 from nar_speech.codec.base import Codec
+from nar_speech.codec.vocos_heads import HeadConfig
+from nar_speech.config import from_dict
 from nar_speech.types import Codes
 
 if TYPE_CHECKING:
@@ -248,7 +250,43 @@ def mimi_hf(case: Case) -> Iterator[Check]:
         yield close(case, "stream_codes", torch.cat(parts, 2), "codes")
 
 
+def vocos_case(case: Case) -> Iterator[Check]:
+    """Features, backbone and sound, for every bandwidth where there are several; streams and single rows."""
+    io, c = case.io, case.meta["config"]
+    kinds = {"istft": "istft", "symexp": "symexp", "imdct_symexp": "symexp", "cos": "cos", "imdct_cos": "cos"}
+    config = vocos.VocosConfig(
+        from_dict(vocos.BackboneConfig, c["backbone"]),
+        from_dict(HeadConfig, {"kind": kinds[c["head_type"]], **c["head"]}),
+        from_dict(vocos.MelConfig, c["mel"]) if c.get("mel") else None,
+    )
+    model = vocos.Vocos(config)
+    load_strict(model, case.weights, vocos.RENAME)
+    model.eval().requires_grad_(False)
+    if "mel" in io and "audio" in io:
+        yield close(case, "mel", model.features(io["audio"]), "spec")
+    for name, match in named(case, r"wav(?:\.bw(\d+))?"):
+        bandwidth = None if match[1] is None else int(match[1])
+        given = None if bandwidth is None else torch.full((io["features"].shape[0],), bandwidth)
+        suffix = "" if bandwidth is None else f".bw{bandwidth}"
+        if f"backbone{suffix}" in io:
+            yield close(case, f"backbone{suffix}", model.backbone(io["features"], given), "spec")
+        waves = model(io["features"], bandwidth=bandwidth)[0]
+        yield close(case, name, waves, "wav")
+        state, parts = model.init_state(io["features"].shape[0], bandwidth), []
+        for begin, end in uneven(io["features"].shape[2], 3):
+            part, state = model.step(io["features"][:, :, begin:end], state)
+            parts.append(part)
+        parts.append(model.step(io["features"][:, :, :0], state, final=True)[0])
+        yield close(case, f"{name}: stream", torch.cat(parts, 1), "wav", waves)
+        lengths = torch.full((io["features"].shape[0],), io["features"].shape[2])
+        lengths[0] = lengths[0] - 5 if lengths[0] > 5 else lengths[0]
+        alone = model(io["features"][:1, :, : lengths[0]], bandwidth=bandwidth)[0]
+        ragged_waves, ends = model(io["features"], lengths, bandwidth)
+        yield close(case, f"{name}: shorter row", ragged_waves[:1, : ends[0]], "wav", alone)
+
+
 HANDLERS = {
+    "vocos": vocos_case,
     "dac": dac_official,
     "mimi": mimi_hf,
     "encodec_audiocraft": encodec_audiocraft,

@@ -1,98 +1,131 @@
-"""int8 Linear layers: closeness, independence of batch mates, what is left alone, refusals."""
-
-import copy
+"""Residual and scalar quantizers: codes and vectors fit, codebooks learn and come back from the dead."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from nar_speech.errors import InputError
-from nar_speech.layers.quantize import Int8Linear, int8_available, quantize_dynamic_int8
-
-pytestmark = pytest.mark.skipif(not int8_available(), reason="PyTorch has no int8 kernels for this CPU")
+from nar_speech.codec.quantize import Codebook, FiniteScalarQuantizer, ResidualVectorQuantizer
+from nar_speech.errors import ConfigError
 
 
-def network() -> nn.Module:
+def trained(levels=3, size=8, width=6, inner=None, steps=30):
     torch.manual_seed(0)
-    layers = nn.Linear(40, 64), nn.ReLU(), nn.LayerNorm(64), nn.Linear(64, 32, bias=False), nn.Linear(32, 1)
-    return nn.Sequential(*layers).eval()
+    quantizer = ResidualVectorQuantizer(width, levels, size, inner).train()
+    for _ in range(steps):
+        quantizer(torch.randn(4, 10, width))
+    return quantizer.eval()
 
 
-def reference(linear: nn.Linear, x: torch.Tensor, levels: int) -> torch.Tensor:
-    """The documented arithmetic with plain integers."""
-    scale = linear.weight.abs().amax(1) / 127
-    weight = (linear.weight / scale[:, None]).round().to(torch.int64)
-    peak = x.abs().amax(1, keepdim=True).clamp_min(1e-12)
-    integers = (x / peak * levels).round().to(torch.int64)
-    return (integers @ weight.T) * scale * peak / levels + linear.bias
+@pytest.mark.parametrize("inner", [None, 3])
+@given(batch=st.integers(1, 3), frames=st.integers(1, 12), levels=st.integers(1, 3), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_codes_are_the_nearest_and_decode_to_the_sum_of_their_vectors(inner, batch, frames, levels, seed):
+    quantizer = trained(inner=inner)
+    x = torch.randn(batch, frames, 6, generator=torch.Generator().manual_seed(seed))
+    tokens = quantizer.encode(x, levels)
+    assert tokens.shape == (batch, levels, frames)
+    rest, total = quantizer.project_in(x), 0
+    for k in range(levels):
+        table = quantizer.levels[k].embed
+        nearest = torch.cdist(rest, table).argmin(-1)
+        assert torch.equal(nearest, tokens[:, k])
+        total, rest = total + table[nearest], rest - table[nearest]
+    torch.testing.assert_close(quantizer.decode(tokens), quantizer.project_out(total))
 
 
-@settings(deadline=None, max_examples=30)
+def test_forward_equals_encode_and_decode_for_each_number_of_levels():
+    quantizer = trained()
+    x = torch.randn(3, 5, 6)
+    result = quantizer(x, torch.tensor([1, 2, 3]))
+    for row, levels in enumerate([1, 2, 3]):
+        tokens = quantizer.encode(x[row : row + 1], levels)
+        assert torch.equal(result.tokens[row : row + 1, :levels], tokens)
+        torch.testing.assert_close(result.latents[row : row + 1], quantizer.decode(tokens))
+
+
+def test_gradients_pass_straight_through_and_commitment_pulls():
+    quantizer = trained().train()
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    quantizer(x).latents.sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones_like(x))
+    x.grad = None
+    before = quantizer(x)
+    before.commitment.backward()
+    assert quantizer(x.detach() - 0.5 * x.grad).commitment < before.commitment
+
+
+def test_levels_not_in_use_learn_nothing():
+    quantizer = trained().train()
+    before = quantizer.levels[2].embed.clone()
+    quantizer(torch.randn(2, 8, 6), torch.tensor([2, 1]))
+    torch.testing.assert_close(quantizer.levels[2].embed, before)
+    assert not torch.equal(quantizer.levels[0].embed, trained().levels[0].embed)
+
+
+def test_codebook_finds_the_clusters_of_its_input():
+    torch.manual_seed(1)
+    centres = 5 * torch.randn(4, 3)
+    book = Codebook(4, 3, decay=0.9).train()
+    for _ in range(200):
+        x = centres[torch.randint(4, (64,))] + 0.05 * torch.randn(64, 3)
+        book.start(x)
+        book.learn(book.sums(x, book.nearest(x)), x)
+    assert torch.cdist(centres, book.embed).min(1).values.max() < 0.2
+
+
+def test_unused_entries_are_replaced_by_vectors_of_the_batch():
+    torch.manual_seed(2)
+    book = Codebook(4, 2, decay=0.5)
+    book.start(torch.zeros(4, 2))
+    book.embed[3] = book.total[3] = torch.tensor([100.0, 100.0])
+    x = torch.randn(32, 2)
+    for _ in range(8):
+        book.learn(book.sums(x, book.nearest(x)), x)
+    assert book.embed.abs().max() < 10
+    assert len(book.nearest(x).unique()) == 4
+
+
+def test_decayed_means_by_hand():
+    book = Codebook(2, 1, decay=0.75, revive=0.0)
+    book.embed.copy_(torch.tensor([[0.0], [10.0]]))
+    book.total.copy_(book.embed)
+    book.usage.fill_(1.0)
+    x = torch.tensor([[1.0], [2.0], [9.0]])
+    book.learn(book.sums(x, book.nearest(x)), x)
+    torch.testing.assert_close(book.usage, torch.tensor([0.75 + 0.25 * 2, 0.75 + 0.25]))
+    torch.testing.assert_close(book.embed[:, 0], torch.tensor([0.75 / 1.25, (7.5 + 2.25) / 1.0]))
+
+
 @given(
-    rows=st.integers(1, 9), inputs=st.integers(1, 70), outputs=st.integers(16, 70), seed=st.integers(0, 99)
+    steps=st.lists(st.integers(3, 8), min_size=1, max_size=4),
+    groups=st.integers(1, 3),
+    seed=st.integers(0, 99),
 )
-def test_equals_the_same_arithmetic_with_plain_integers(rows, inputs, outputs, seed):
+@settings(max_examples=30, deadline=None)
+def test_scalar_codes_are_in_range_and_decode_to_what_forward_gives(steps, groups, seed):
     torch.manual_seed(seed)
-    linear = nn.Linear(inputs, outputs).requires_grad_(False)
-    x = torch.randn(rows, inputs) * torch.rand(rows, 1) * 10
-    quantised = Int8Linear(linear)
-    want = reference(linear, x, quantised.levels)
-    # x / peak * levels may round to either side of a tie: one step of one input
-    step = (linear.weight.abs().amax() * x.abs().amax() / quantised.levels).item()
-    assert (quantised(x) - want).abs().max() <= step + 1e-5
+    quantizer = FiniteScalarQuantizer(5, groups, steps).eval()
+    x = 5 * torch.randn(2, 6, 5)
+    result = quantizer(x)
+    tokens = quantizer.encode(x)
+    assert torch.equal(tokens, result.tokens)
+    assert 0 <= int(tokens.min()) <= int(tokens.max()) < quantizer.codebook_size
+    torch.testing.assert_close(quantizer.decode(tokens), result.latents)
+    fewer = quantizer(x, torch.tensor([1, groups]))
+    torch.testing.assert_close(quantizer.decode(tokens[:1, :1]), fewer.latents[:1])
 
 
-def test_stays_close_to_float():
-    torch.manual_seed(0)
-    linear = nn.Linear(256, 128).requires_grad_(False)
-    x = torch.randn(50, 256)
-    error = (Int8Linear(linear)(x) - linear(x)).norm() / linear(x).norm()
-    assert 0 < error < (0.02 if Int8Linear(linear).levels == 127 else 0.03)
+@pytest.mark.parametrize("count", [3, 4, 5, 8])
+def test_every_scalar_step_can_be_reached(count):
+    quantizer = FiniteScalarQuantizer(1, 1, [count]).eval()
+    torch.nn.init.ones_(quantizer.project_in.weight)
+    torch.nn.init.zeros_(quantizer.project_in.bias)
+    tokens = quantizer.encode(torch.linspace(-6, 6, 500)[None, :, None])
+    assert tokens.unique().tolist() == list(range(count))
+    assert (tokens.diff() >= 0).all()
 
 
-def test_extreme_values_do_not_saturate():
-    linear = nn.Linear(64, 16, bias=False).requires_grad_(False)
-    linear.weight.fill_(1.0)
-    got = Int8Linear(linear)(torch.stack([torch.full((64,), 3.0), torch.full((64,), -3.0), torch.zeros(64)]))
-    torch.testing.assert_close(got, torch.tensor([[192.0], [-192.0], [0.0]]).expand(3, 16), rtol=1e-5, atol=0)
-
-
-def test_result_does_not_depend_on_batch_mates():
-    torch.manual_seed(0)
-    net = quantize_dynamic_int8(network())[:4]
-    x = torch.randn(3, 7, 40)
-    alone = net(x[1:2])
-    x[0] *= 1000
-    assert torch.equal(net(x)[1:2], alone)
-
-
-def test_replaces_wide_linear_layers_only():
-    net = network()
-    got = quantize_dynamic_int8(net)
-    assert got is net
-    assert [type(m) for m in net] == [Int8Linear, nn.ReLU, nn.LayerNorm, Int8Linear, nn.Linear]
-    single = quantize_dynamic_int8(nn.Linear(4, 16).eval())
-    assert isinstance(single, Int8Linear)
-
-
-def test_shapes_dtypes_and_copies():
-    net = quantize_dynamic_int8(network())
-    assert net(torch.randn(0, 40)).shape == (0, 1)
-    assert net(torch.randn(40)).shape == (1,)
-    layer = net[0]
-    assert layer(torch.randn(2, 3, 40, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    x = torch.randn(2, 5, 40)
-    assert torch.equal(copy.deepcopy(net)(x), net(x))
-    half = quantize_dynamic_int8(network().bfloat16())
-    assert (half(x) - net(x)).abs().max() < 0.1
-
-
-def test_refuses_training_mode_and_other_devices():
-    with pytest.raises(InputError, match=r"inference only; call eval\(\)"):
-        quantize_dynamic_int8(network().train())
-    with pytest.raises(InputError, match="runs on the CPU only, the model is on 'meta'"):
-        quantize_dynamic_int8(network().to("meta"))
-    with pytest.raises(InputError, match="got input on 'meta'"):
-        Int8Linear(nn.Linear(4, 16))(torch.zeros(1, 4, device="meta"))
+def test_wrong_steps_are_refused():
+    with pytest.raises(ConfigError, match="steps"):
+        FiniteScalarQuantizer(4, 1, [8, 2])

@@ -56,39 +56,34 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
-        """Vectors of the first batch as entries; repeated ones are told apart by a little noise."""
-        if bool(self.started):
-            return
-        x = _gather(x)
-        if not len(x):
+        """Vectors (M, D) of the first batch as entries; repeated ones are told apart by a little noise."""
+        if bool(self.started) or not len(x):
             return
         pick = torch.randint(len(x), (len(self.embed),), device=x.device)
-        noise = torch.randn(len(pick), x.shape[1], device=x.device) * x.std(0).clamp_min(1e-5) * 0.05
-        self._place(torch.ones_like(self.usage, dtype=torch.bool), _from_first(x[pick] + noise))
+        noise = torch.randn(len(pick), x.shape[1], device=x.device) * x.std(0, correction=0) * 0.05
+        self.embed.copy_(x[pick] + noise)
+        self.usage.fill_(1.0)
+        self.total.copy_(self.embed)
         self.started.fill_(True)
 
     @torch.no_grad()
-    def learn(self, x: Tensor, chosen: Tensor) -> None:
-        """Move the entries towards the vectors (M, D) that chose them (M,), and revive unused ones."""
-        counts = torch.zeros_like(self.usage).index_add_(0, chosen, torch.ones_like(x[:, 0]))
-        sums = torch.zeros_like(self.total).index_add_(0, chosen, x)
-        if dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
-        self.usage.mul_(self.decay).add_(counts, alpha=1 - self.decay)
-        self.total.mul_(self.decay).add_(sums, alpha=1 - self.decay)
+    def sums(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """For each entry the sum of the vectors (M, D) that chose it (M,), and their number: (S, D + 1)."""
+        hits = torch.zeros(len(x), len(self.embed), device=x.device).scatter_(1, chosen[:, None], 1.0)
+        return hits.T @ torch.cat([x, torch.ones_like(x[:, :1])], 1)
+
+    @torch.no_grad()
+    def learn(self, sums: Tensor, x: Tensor) -> None:
+        """Move the entries by what :meth:`sums` gave, and replace unused ones by vectors of ``x`` (M, D)."""
+        self.usage.lerp_(sums[:, -1], 1 - self.decay)
+        self.total.lerp_(sums[:, :-1], 1 - self.decay)
         self.embed.copy_(self.total / self.usage.clamp_min(1e-8)[:, None])
         mean = self.usage.mean()
-        dead = self.usage < self.revive * mean
-        pool = _gather(x) if bool(dead.any()) else x[:0]
-        if len(pool):
-            pick = torch.randint(len(pool), (len(dead),), device=pool.device)
-            self._place(dead, _from_first(pool[pick]), float(mean))
-
-    def _place(self, where: Tensor, vectors: Tensor, usage: float = 1.0) -> None:
-        self.embed.copy_(torch.where(where[:, None], vectors, self.embed))
-        self.usage.masked_fill_(where, usage)
-        self.total.copy_(torch.where(where[:, None], vectors * usage, self.total))
+        dead = (self.usage < self.revive * mean).nonzero()[:, 0]
+        if len(dead) and len(x):
+            self.embed[dead] = x[torch.randint(len(x), (len(dead),), device=x.device)]
+            self.usage[dead] = mean
+            self.total[dead] = self.embed[dead] * mean
 
 
 class ResidualVectorQuantizer(nn.Module):
@@ -122,6 +117,8 @@ class ResidualVectorQuantizer(nn.Module):
     def forward(self, x: Tensor, levels: Tensor | None = None) -> Quantized:
         """Quantize latents and, in training mode, let the codebooks learn from them.
 
+        Under DDP all processes' latents count, and the first one's codebooks are handed to the others.
+
         Args:
             x: (B, T, D).
             levels: (B,) how many levels each item uses (quantizer dropout), or None for all.
@@ -129,25 +126,33 @@ class ResidualVectorQuantizer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = self.project_in(x.float())
             used = x.new_full((len(x),), self.num_codebooks) if levels is None else levels.to(x)
-            rest, result, tokens, losses = x, torch.zeros_like(x), [], []
+            rest, result, tokens, losses, seen = x, torch.zeros_like(x), [], [], []
             for number, level in enumerate(self.levels):
                 active = used > number
-                flat = rest.detach()[active].flatten(0, 1)
-                if self.training:  # in every process, also where no item uses this level: they learn together
-                    level.start(flat)
-                chosen = level.nearest(rest.detach().flatten(0, 1)).view(x.shape[:2])
-                vectors = level.embed.float()[chosen]
-                mask = active.view(-1, 1, 1)
-                losses.append(
-                    ((rest - vectors.detach()).square() * mask).mean() * len(x) / active.sum().clamp_min(1)
-                )
                 if self.training:
-                    level.learn(flat, chosen[active].flatten())
+                    level.start(rest.detach()[active].flatten(0, 1))
+                chosen = level.nearest(rest.detach().flatten(0, 1)).view(x.shape[:2])
+                if self.training:
+                    flat = rest.detach()[active].flatten(0, 1)
+                    seen.append((flat, level.sums(flat, chosen[active].flatten())))
+                vectors, mask = level.embed.float()[chosen], active.view(-1, 1, 1)
+                share = len(x) / active.sum().clamp_min(1)
+                losses.append(((rest - vectors).square() * mask).mean() * share)
                 result = result + vectors * mask
                 rest = rest - vectors * mask
                 tokens.append(chosen)
+            if self.training:
+                self._learn(seen)
             straight = x + (result - x).detach() if self.training else result
             return Quantized(self.project_out(straight), torch.stack(tokens, 1), torch.stack(losses).mean())
+
+    def _learn(self, seen: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """One step of all codebooks, from the vectors and sums of each level."""
+        sums = torch.stack([part for _, part in seen])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        for level, part, (flat, _) in zip(self.levels, sums, seen, strict=True):
+            level.learn(part, flat)
 
     def encode(self, x: Tensor, num_codebooks: int | None = None) -> Tensor:
         """Codes (B, K, T) of latents (B, T, D); ``num_codebooks`` leaves the finer levels out."""
@@ -172,13 +177,13 @@ class FiniteScalarQuantizer(nn.Module):
     Args:
         width: of latents D.
         num_codebooks: groups K.
-        steps: steps of each value of a group, such as (8, 5, 5, 5): 1000 codes.
+        steps: steps of each value of a group, 3 or more, such as (8, 5, 5, 5): 1000 codes.
     """
 
     def __init__(self, width: int, num_codebooks: int, steps: Sequence[int]):
         super().__init__()
-        if not steps or min(steps) < 2:
-            raise ConfigError(f"quantizer.steps: at least one value of 2 or more steps, got {list(steps)}")
+        if not steps or min(steps) < 3:
+            raise ConfigError(f"quantizer.steps: at least one value of 3 or more steps, got {list(steps)}")
         self.num_codebooks, self.steps = num_codebooks, tuple(steps)
         self.codebook_size = 1
         basis = []
@@ -226,22 +231,3 @@ class FiniteScalarQuantizer(nn.Module):
 
     def _codes(self, digits: Tensor) -> Tensor:
         return ((digits.long() + self.counts // 2) * self.basis).sum(-1).transpose(1, 2)
-
-
-def _gather(x: Tensor) -> Tensor:
-    """The vectors of all processes, where there are as many in each."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return x
-    sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
-    longest = int(max(sizes))
-    parts = [x.new_zeros(longest, x.shape[1]) for _ in sizes]
-    dist.all_gather(parts, nn.functional.pad(x, (0, 0, 0, longest - len(x))))
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
-
-
-def _from_first(x: Tensor) -> Tensor:
-    """What the first process holds, in all of them."""
-    if dist.is_initialized():
-        dist.broadcast(x, 0)
-    return x

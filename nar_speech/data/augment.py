@@ -239,7 +239,7 @@ def open_cuts(manifest: str, field: str):
     """Open a lhotse CutSet manifest lazily.
 
     Raises:
-        ManifestError: no such file, or not a CutSet.
+        ManifestError: no such file, an empty one, or not a CutSet.
     """
     from pathlib import Path
 
@@ -248,8 +248,11 @@ def open_cuts(manifest: str, field: str):
     if not Path(manifest).is_file():
         raise ManifestError(f"{field}: no such manifest {manifest}; run the corpus' prepare.sh first")
     try:
-        return CutSet.from_file(manifest)
+        cuts = CutSet.from_file(manifest)
     except Exception as error:
         raise ManifestError(
             f"{field}: {manifest} is not a lhotse CutSet: {' '.join(str(error).split())}"
         ) from error
+    if cuts is None:  # what lhotse makes of an empty file
+        raise ManifestError(f"{field}: {manifest} is empty; run the corpus' prepare.sh again")
+    return cuts

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 
 from nar_speech import config as configs
 from nar_speech.codec.folder import count_parameters, write_codec_folder
@@ -23,7 +22,7 @@ from nar_speech.codec.spectral import SpectralCodec, SpectralCodecConfig
 from nar_speech.data.crops import CropConfig, CropData, CropEval
 from nar_speech.errors import ConfigError
 from nar_speech.layers.discriminator import MultiResolutionDiscriminator
-from nar_speech.losses import gan
+from nar_speech.losses.gan import adversarial_losses
 from nar_speech.losses.spectral import complex_distance, mel_distance
 from nar_speech.train import World, say, train
 from nar_speech.train.distributed import sum_over
@@ -120,8 +119,9 @@ def recipe(config: Recipe, world: World) -> None:
             "loss_commit": quantized.commitment,
         }
         if step >= config.gan.start:
-            extra, more = adversarial(model.discriminator, decoded, waves, factors)
-            loss, terms = loss + extra, {**terms, **more}
+            own, fooled, features = adversarial_losses(model.discriminator, decoded, waves)
+            loss = loss + own + factors.adversarial * fooled + factors.features * features
+            terms |= {"loss_discriminator": own, "loss_adversarial": fooled, "loss_features": features}
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
 
     def validate(model):
@@ -143,20 +143,6 @@ def recipe(config: Recipe, world: World) -> None:
     if result.finished and world.main:
         card = configs.from_dict(ModelCard, {**configs.to_dict(config.card), "metrics": result.metrics})
         say(world, f"model folder: {write_codec_folder(f'{config.train.output_dir}/model', codec, card)}")
-
-
-def adversarial(
-    discriminator: nn.Module, decoded: Tensor, waves: Tensor, factors: LossSection
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The discriminators' own loss and what they ask of the codec: one sum whose gradients don't mix."""
-    real, real_maps = discriminator(waves)
-    fake, _ = discriminator(decoded.detach())
-    constants = {name: value.detach() for name, value in discriminator.named_parameters()}
-    judged, maps = functional_call(discriminator, constants, (decoded,))
-    own = gan.discriminator_loss(real, fake)
-    fooled, features = gan.generator_loss(judged), gan.feature_loss(real_maps, maps)
-    loss = own + factors.adversarial * fooled + factors.features * features
-    return loss, {"loss_discriminator": own, "loss_adversarial": fooled, "loss_features": features}
 
 
 if __name__ == "__main__":

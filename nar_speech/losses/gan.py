@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 Kind = Literal["hinge", "least_squares"]
 
@@ -49,3 +50,23 @@ def feature_loss(real: Sequence[Sequence[Tensor]], fake: Sequence[Sequence[Tenso
             r = r.detach().float()
             terms.append((f.float() - r).abs().mean() / r.abs().mean().clamp_min(1e-4))
     return torch.stack(terms).mean()
+
+
+def adversarial_losses(
+    discriminator: nn.Module, fake: Tensor, real: Tensor, kind: Kind = "hinge"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of both sides for one backward pass: what one side learns from doesn't reach the other.
+
+    Args:
+        discriminator: signals to the scores and the hidden maps of its parts.
+        fake, real: (B, N), what was generated and recordings.
+
+    Returns:
+        :func:`discriminator_loss`, whose gradients go to the discriminator only, and :func:`generator_loss` and
+        :func:`feature_loss`, whose gradients go to ``fake`` only; scalars.
+    """
+    truth, truth_maps = discriminator(real)
+    own = discriminator_loss(truth, discriminator(fake.detach())[0], kind)
+    constants = {name: value.detach() for name, value in discriminator.named_parameters()}
+    judged, maps = functional_call(discriminator, constants, (fake,))
+    return own, generator_loss(judged, kind), feature_loss(truth_maps, maps)

@@ -40,24 +40,35 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: the file is missing, empty, truncated, not weights, or a pickle that runs code.
     """
     path = Path(path)
-    kind = _kind_of(path)
-    if kind == "safetensors":
+    if _kind_of(path) == "safetensors":
         try:
             return _without_module(load_file(path))
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: damaged or truncated safetensors file ({_one_line(error)}); get the file again"
             ) from error
+    return _without_module(_unwrap(read_tree(path), path))
+
+
+def read_tree(path: str | Path) -> object:
+    """What a PyTorch pickle holds besides tensors too: mappings, lists, texts and numbers. Runs no code.
+
+    Raises:
+        CheckpointError: the file is missing, empty, truncated, not PyTorch's, or a pickle that runs code.
+    """
+    path = Path(path)
+    kind = _kind_of(path)
+    if kind == "safetensors":
+        raise CheckpointError(f"{path}: is a safetensors file; a PyTorch file is expected")
     try:
         with warnings.catch_warnings():  # about the protocol of a foreign pickle; it loads or it is refused
             warnings.simplefilter("ignore", UserWarning)
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except pickle.UnpicklingError as error:
         raise CheckpointError(_pickle_message(path, str(error))) from error
     except Exception as error:  # torch.load of a damaged file raises a dozen kinds of errors
         what = "damaged or truncated" if kind == "zip" else "neither safetensors nor a whole PyTorch file"
         raise CheckpointError(f"{path}: {what} ({type(error).__name__}); get the weights again") from error
-    return _without_module(_unwrap(tree, path))
 
 
 def load_strict(

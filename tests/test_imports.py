@@ -30,14 +30,14 @@ BASE = {
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),
     "layers": BASE | {"layers"},
-    "codec": BASE | {"layers", "codec"},
+    "codec": BASE | {"layers", "codec", "hub"},  # of hub only what finds a folder by name
     "models": BASE | {"layers", "codec", "models", "losses"},
     "losses": BASE | {"losses"},
     "search": BASE | {"search"},
     "sampling": BASE | {"sampling"},
     "data": BASE | {"data"},
     "train": BASE | {"train", "data"},
-    "hub": BASE | {"layers", "models", "search", "hub", "pipelines"},
+    "hub": BASE | {"layers", "codec", "models", "search", "hub", "pipelines"},
     "pipelines": BASE | {"layers", "codec", "models", "search", "sampling", "pipelines", "hub"},
     "engine": BASE | {"layers", "codec", "models", "search", "sampling", "pipelines", "hub", "engine"},
 }

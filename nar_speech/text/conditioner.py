@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nar_speech.checkpoint import load_strict, read_weights
 from nar_speech.errors import CheckpointError, ConfigError, HubError, InputError, MissingExtraError
 
 KEPT = 4096  # encoded texts that are kept
@@ -229,6 +230,8 @@ def _load(source: str, kind: str) -> tuple[Any, Any]:
     try:
         with _quiet():
             config = transformers.AutoConfig.from_pretrained(source, **options)
+            if kind == "t5" and config.model_type == "musicgen" and local:
+                return _inside_musicgen(Path(source), config.text_encoder)
             wanted = "t5" if kind == "t5" else "bert"
             if config.model_type != wanted:
                 raise CheckpointError(
@@ -248,6 +251,24 @@ def _load(source: str, kind: str) -> tuple[Any, Any]:
             f"{source}: text encoder can't be loaded ({reason}); check the network, or give a local folder"
         ) from error
     return network, tokenizer
+
+
+def _inside_musicgen(folder: Path, config: Any) -> tuple[Any, Any]:
+    """The T5 encoder that a MusicGen folder of transformers brings along."""
+    import transformers
+
+    network = transformers.T5EncoderModel(config)
+    tensors = {
+        name.removeprefix("text_encoder."): tensor
+        for file in sorted(folder.glob("model*.safetensors"))
+        for name, tensor in read_weights(file).items()
+        if name.startswith("text_encoder.")
+    }
+    tied = {"encoder.embed_tokens.weight": "shared.weight", "shared.weight": "encoder.embed_tokens.weight"}
+    own = network.state_dict()
+    tensors |= {name: tensors[other] for name, other in tied.items() if name in own and other in tensors}
+    load_strict(network, tensors, where=f"{folder}: text encoder")
+    return network, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 @contextlib.contextmanager

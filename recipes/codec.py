@@ -64,6 +64,8 @@ class Recipe:
     Attributes:
         network: fields of :class:`~nar_speech.codec.spectral.SpectralCodecConfig`.
         levels: numbers of codebooks, one of which is drawn for each piece of a batch (quantizer dropout).
+        quantize_from: optimizer steps in which the decoder reads the latents as they are; codebooks that start
+            on latents that mean something are used more evenly.
         validate_levels: numbers of codebooks that validation measures.
     """
 
@@ -73,6 +75,7 @@ class Recipe:
     train: TrainConfig
     levels: list[int]
     validate_levels: list[int]
+    quantize_from: int = 0
     losses: LossSection = LossSection()
     gan: GanSection = GanSection()
     init: InitSection = field(default_factory=InitSection)
@@ -109,7 +112,7 @@ def recipe(config: Recipe, world: World) -> None:
     def loss_step(model, batch, generator, step):
         waves = batch.waves
         pick = torch.randint(len(choices), (len(waves),), generator=generator, device=waves.device)
-        decoded, quantized = model.codec(waves, choices[pick])
+        decoded, quantized = model.codec(waves, choices[pick], step >= config.quantize_from)
         mel, phase = mel_distance(decoded, waves, rate), complex_distance(decoded, waves)
         factors = config.losses
         loss = factors.mel * mel + factors.complex * phase + factors.commitment * quantized.commitment

@@ -146,6 +146,13 @@ class ResidualVectorQuantizer(nn.Module):
             straight = x + (result - x).detach() if self.training else result
             return Quantized(self.project_out(straight), torch.stack(tokens, 1), torch.stack(losses).mean())
 
+    def skip(self, x: Tensor) -> Quantized:
+        """Latents (B, T, D) through both projections only; no codes, nothing is learnt."""
+        with torch.autocast(x.device.type, enabled=False):
+            latents = self.project_out(self.project_in(x.float()))
+            tokens = torch.empty(len(x), 0, x.shape[1], dtype=torch.int64, device=x.device)
+            return Quantized(latents, tokens, latents.new_zeros(()))
+
     def _learn(self, seen: Sequence[tuple[Tensor, Tensor]]) -> None:
         """One step of all codebooks, from the vectors and sums of each level."""
         sums = torch.stack([part for _, part in seen])
@@ -206,6 +213,14 @@ class FiniteScalarQuantizer(nn.Module):
                 group = torch.arange(self.num_codebooks, device=x.device)
                 scaled = scaled * (group < levels[:, None]).to(scaled)[:, None, :, None]
             return Quantized(self.project_out(scaled.flatten(2)), self._codes(digits), scaled.new_zeros(()))
+
+    def skip(self, x: Tensor) -> Quantized:
+        """Latents (B, T, D) through both projections and the bounds, not rounded; no codes."""
+        with torch.autocast(x.device.type, enabled=False):
+            bounded = self._bound(self.project_in(x.float()).unflatten(2, (self.num_codebooks, -1)))
+            tokens = torch.empty(len(x), 0, x.shape[1], dtype=torch.int64, device=x.device)
+            latents = self.project_out((bounded / self._half()).flatten(2))
+            return Quantized(latents, tokens, latents.new_zeros(()))
 
     def encode(self, x: Tensor, num_codebooks: int | None = None) -> Tensor:
         """Codes (B, K, T) of latents (B, T, D)."""

@@ -157,12 +157,17 @@ class SpectralCodec(Codec):
 
     # ---- whole signals ----------------------------------------------------------------------------------
 
-    def forward(self, waves: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Quantized]:
+    def forward(
+        self, waves: Tensor, levels: Tensor | None = None, quantize: bool = True
+    ) -> tuple[Tensor, Quantized]:
         """Training: waves (B, N), N a multiple of ``hop``, to the decoded ones and the quantizer's output.
 
-        ``levels`` (B,): codebooks each item may use, or None for all.
+        Args:
+            levels: (B,) codebooks each item may use, or None for all.
+            quantize: False passes the latents on as they are, for the beginning of a training.
         """
-        quantized = self.quantizer(self._analyse(waves), levels)
+        latents = self._analyse(waves)
+        quantized = self.quantizer(latents, levels) if quantize else self.quantizer.skip(latents)
         return self._synthesise(quantized.latents), quantized
 
     @torch.no_grad()

@@ -62,8 +62,8 @@ def adversarial_losses(
         fake, real: (B, N), what was generated and recordings.
 
     Returns:
-        :func:`discriminator_loss`, whose gradients go to the discriminator only, and :func:`generator_loss` and
-        :func:`feature_loss`, whose gradients go to ``fake`` only; scalars.
+        :func:`discriminator_loss`, whose gradients go to the discriminator, and :func:`generator_loss` and
+        :func:`feature_loss`, whose gradients go to ``fake``; scalars.
     """
     truth, truth_maps = discriminator(real)
     own = discriminator_loss(truth, discriminator(fake.detach())[0], kind)

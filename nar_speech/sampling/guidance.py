@@ -7,10 +7,14 @@ from torch import Tensor
 
 
 def guide(conditional: Tensor, unconditional: Tensor, coefficient: Tensor | float) -> Tensor:
-    """unconditional + coefficient (conditional - unconditional); a coefficient may be a tensor per row."""
-    if isinstance(coefficient, Tensor):
-        coefficient = coefficient.reshape(-1, *[1] * (conditional.dim() - 1))
-    return unconditional + (conditional - unconditional) * coefficient
+    """unconditional + coefficient (conditional - unconditional); a coefficient may be a tensor (R,).
+
+    Where it is 1 the conditional values come out exactly, as if there had been no unconditional pass.
+    """
+    coefficient = torch.as_tensor(coefficient, dtype=conditional.dtype, device=conditional.device)
+    coefficient = coefficient.reshape(-1, *[1] * (conditional.dim() - 1))
+    guided = unconditional + (conditional - unconditional) * coefficient
+    return torch.where(coefficient == 1, conditional, guided)
 
 
 def rescale(

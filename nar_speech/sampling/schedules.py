@@ -103,7 +103,9 @@ def unit_counts(config: MaskedConfig, plan: Plan, totals: list[int]) -> list[lis
     if config.schedule == "even":
         return [_even_counts(total, plan.steps) for total in totals]
     ratio = torch.tensor(plan.ratio)
-    counts = (ratio[None] * torch.tensor(totals, dtype=torch.float32)[:, None]).to(torch.int64)
+    # The official cosine counts are cut off as they come in float32; elsewhere 4.9999 is meant to be 5.
+    slack = 0.0 if config.schedule == "cosine" else 1e-3
+    counts = (ratio[None] * torch.tensor(totals, dtype=torch.float32)[:, None] + slack).to(torch.int64)
     most = torch.tensor(totals)[:, None]
     counts = torch.minimum(counts.clamp(min=config.minimum), most)
     counts[:, 0] = most[:, 0]

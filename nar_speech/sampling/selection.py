@@ -40,7 +40,7 @@ def dilated_groups(units: int, block: int) -> Tensor:
 
 
 def sure_units(kind: str, level: float, confidence: Tensor, entropies: Tensor, candidates: Tensor) -> Tensor:
-    """Units that can be unmasked together whatever the schedule says; at least the surest one of every row.
+    """Units that can be unmasked together whatever the schedule says.
 
     Args:
         kind: ``threshold``, ``factor`` or ``entropy``; see :class:`nar_speech.sampling.config.MaskedConfig`.
@@ -67,7 +67,7 @@ def sure_units(kind: str, level: float, confidence: Tensor, entropies: Tensor, c
             bound = ordered.cumsum(1) - ordered.cummax(1).values
             reach = ((bound <= level) & ~behind).to(torch.int64).cumprod(1).sum(1, keepdim=True)
         sure = rank < reach
-    return (sure | (rank == 0)) & candidates
+    return sure & candidates
 
 
 def unit_certainty(probabilities: Tensor, tokens: Tensor, where: Tensor, span: int) -> tuple[Tensor, Tensor]:

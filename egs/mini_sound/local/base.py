@@ -1,12 +1,12 @@
-"""What the data scripts of mini_sound share: those of mini_en for files and lists, and clips of one length and loudness."""
+"""What the data scripts share: the helpers of mini_en, and clips of one length and loudness."""
 
 import sys
 from pathlib import Path
 
 import numpy as np
 
-# One set of helpers and one list of reserved recordings for both recipes. At the end of the path: the names of
-# this folder come first.
+# One set of helpers and one list of reserved recordings for both recipes. At the end of the path: the names
+# of this folder come first.
 MINI_EN = Path(__file__).resolve().parents[2] / "mini_en" / "local"
 if str(MINI_EN) not in sys.path:
     sys.path.append(str(MINI_EN))
@@ -42,7 +42,7 @@ def fail(message: str) -> None:
 
 
 def level(samples: np.ndarray, loudness: float = LOUDNESS) -> np.ndarray:
-    """`samples` (N,) with the loudest 0.4 s at `loudness` dB, the peak at most 0.9 and at most 30 dB of gain."""
+    """`samples` (N,) with the loudest 0.4 s at `loudness` dB; peak at most 0.9, gain at most 30 dB."""
     window = min(len(samples), int(0.4 * RATE))
     if window == 0 or not np.any(samples):
         return samples
@@ -53,7 +53,7 @@ def level(samples: np.ndarray, loudness: float = LOUDNESS) -> np.ndarray:
 
 
 def fit(samples: np.ndarray, *, loop: bool = False, fade: float = 0.03) -> np.ndarray:
-    """`samples` (N,) as one clip (CLIP,): too long is cut with a short fade, too short goes round or ends in silence."""
+    """`samples` (N,) as one clip (CLIP,): cut with a short fade, or going round, or with silence after it."""
     if loop and 0 < len(samples) < CLIP:
         samples = np.tile(samples, -(-CLIP // len(samples)))
     if len(samples) > CLIP:
@@ -66,8 +66,9 @@ def fit(samples: np.ndarray, *, loop: bool = False, fade: float = 0.03) -> np.nd
 def row(source: str, name: str, kind: str, label: str, split: str, licence: str, **more) -> dict:
     """One line of work/sounds/<source>.jsonl.
 
-    `kind` is a section of conf/vocabulary.yaml or "other" (no caption, for the codec only), `label` the class,
-    `split` train, dev or eval; `more` has `labels` (what captions are made of) and where known `author`, `title`.
+    `kind` is a section of conf/vocabulary.yaml or "other" (no caption, for the codec only), `label` the
+    class, `split` train, dev or eval; `more` has `labels` (what captions are made of) and where known
+    `author`, `title`.
     """
     if split not in ("train", "dev", "eval"):
         raise ValueError(f"{source}/{name}: split {split}")

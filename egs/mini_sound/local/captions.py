@@ -1,4 +1,4 @@
-"""The closed vocabulary of conf/vocabulary.yaml: captions of a clip from its labels, and all captions there are.
+"""The closed vocabulary of conf/vocabulary.yaml: captions from labels, and all captions there are.
 
 python captions.py            # prints the vocabulary as JSON: classes, captions, words
 """
@@ -21,7 +21,7 @@ def vocabulary(path: Path = FILE) -> dict:
 
 
 def fill(template: str, plural: bool, **words: str) -> str:
-    """The template with its words; {a} becomes the article of the word after it, or nothing before a plural."""
+    """The template with its words; {a} is the article of the word after it, or nothing before a plural."""
     text = template.format(a="@", **words)
     if plural:
         return text.replace("@ ", "")
@@ -29,7 +29,7 @@ def fill(template: str, plural: bool, **words: str) -> str:
 
 
 def music_captions(labels: dict[str, str]) -> list[str]:
-    """Captions of rendered music, most exact first. `labels`: form solo, drums or band, and what it is made of."""
+    """Captions of rendered music, most exact first; `labels` as in music_labels()."""
     music = vocabulary()["music"]
     words = {key: value for key, value in labels.items() if key != "form"}
     words["tempo"] = music["tempo_words"][labels["tempo"]]
@@ -98,7 +98,7 @@ def classes() -> list[str]:
 
 
 def all_captions() -> dict[str, list[str]]:
-    """Caption -> the classes that it may stand for (one, unless something is wrong), in the order of the file."""
+    """Caption -> the classes that it may stand for: one, unless something is wrong."""
     found: dict[str, list[str]] = {}
     known = vocabulary()
     clips = [("esc10", name, {}, name) for name in known["esc10"]]

@@ -1,7 +1,7 @@
-"""Short pieces of music as notes: scales, chord progressions that end in a cadence, melodies, accompaniment, drums.
+"""Short pieces of music as notes: progressions that end in a cadence, melodies, accompaniment, drums.
 
-What is heard follows the labels: tempo sets the beat (and no note values hide it), happy is major, higher and bouncy,
-sad is minor, lower and bound.
+What is heard follows the labels: tempo sets the beat (and no note values hide it), happy is major, higher
+and bouncy, sad is minor, lower and bound.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,12 @@ MELODY = {
 }
 CHORDS = {"happy": ((1, 1, 1, 1), (1, 0.5, 0.5, 1, 1), (1, 1, 1, 0.5, 0.5)), "sad": ((1, 1, 1, 1), (2, 1, 1))}
 STRUMS = ((1, 0.5, 1, 0.5, 0.5, 0.5), (1, 0.5, 0.5, 1, 0.5, 0.5), (1, 1, 0.5, 0.5, 0.5, 0.5))
-RIFFS = ((0, 0, 4, 0, 0, 4, 7, 4), (0, 0, 0, 4, 0, 0, 7, 7), (0, 7, 4, 0, 0, 7, 4, 4), (0, 0, 2, 4, 0, 0, 4, 2))
+RIFFS = (
+    (0, 0, 4, 0, 0, 4, 7, 4),
+    (0, 0, 0, 4, 0, 0, 7, 7),
+    (0, 7, 4, 0, 0, 7, 4, 4),
+    (0, 0, 2, 4, 0, 0, 4, 2),
+)
 KICK, SNARE, CLAP, CLOSED, OPEN, CRASH = 36, 38, 39, 42, 46, 49
 TOMS = (41, 43, 45, 47, 48, 50)
 
@@ -259,7 +264,10 @@ def drums(player: Player, beat_name: str) -> None:
                 if half % 8 == 0:  # a flam
                     player.play(beat, 0.2, SNARE, accent=-25, late=-0.03)
             continue
-        hits = toms[half % 8] if beat_name == "tom beat" else {"rock beat": rock, "disco beat": disco}[beat_name](beat, rng)
+        if beat_name == "tom beat":
+            hits = toms[half % 8]
+        else:
+            hits = {"rock beat": rock, "disco beat": disco}[beat_name](beat, rng)
         for key, accent in hits:
             player.play(beat, 0.4, key, accent)
 
@@ -286,7 +294,7 @@ def perform(player: Player, instrument: str, pattern: str) -> list[Note]:
 
 
 def compose(rng: Generator, labels: dict[str, str], bpm: float) -> tuple[list[Note], dict[int, int]]:
-    """Notes of about five seconds and the programs of their channels, for labels of captions.music_labels()."""
+    """Notes of five seconds and the programs of their channels, for labels of captions.music_labels()."""
     frame = new_frame(rng, bpm, labels.get("mood", "happy"))
     if labels["form"] == "drums":
         player = Player(rng, frame, DRUMS, 92)
@@ -296,7 +304,8 @@ def compose(rng: Generator, labels: dict[str, str], bpm: float) -> tuple[list[No
     program = INSTRUMENTS[instrument][0]
     if labels["form"] == "solo":
         return perform(Player(rng, frame, 0, 86), instrument, labels["pattern"]), {0: program}
-    pattern = "chords" if instrument in ("piano", "acoustic guitar", "organ") and rng.uniform() < 0.5 else "melody"
+    accompanies = instrument in ("piano", "acoustic guitar", "organ") and rng.uniform() < 0.5
+    pattern = "chords" if accompanies else "melody"
     notes = perform(Player(rng, frame, 0, LEAD[instrument]), instrument, pattern)
     bass, drummer = Player(rng, frame, 1, 90), Player(rng, frame, DRUMS, 106)
     riff(bass, range_of("bass guitar", frame.mood))

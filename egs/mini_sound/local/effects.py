@@ -43,7 +43,7 @@ def alarm_clock(rng: Generator, labels: dict) -> np.ndarray:
 
 
 def footsteps(rng: Generator, labels: dict) -> np.ndarray:
-    """A heel and a sole on a hard floor or on gravel; under two steps a second (slow) or about three (fast)."""
+    """Heel and sole on a hard floor or on gravel, under two steps a second (slow) or about three (fast)."""
     rate = rng.uniform(1.5, 1.9) if labels["speed"] == "slow" else rng.uniform(2.7, 3.3)
     gravel = rng.uniform() < 0.4
     low, high = (700, 6500) if gravel else (rng.uniform(150, 300), rng.uniform(1500, 3500))
@@ -63,7 +63,7 @@ def footsteps(rng: Generator, labels: dict) -> np.ndarray:
 
 
 def telephone_ring(rng: Generator, labels: dict) -> np.ndarray:
-    """Two small bells struck in turn about 24 times a second, in rings of one and a half seconds or double rings."""
+    """Two small bells struck in turn about 24 times a second, in long rings or double rings."""
     rate, count = rng.uniform(20, 28), int(0.5 * RATE)
     ratios = np.array([1, 1.51, 2.08, 2.9, 3.7])
     bells = [
@@ -108,7 +108,7 @@ def wind(rng: Generator, labels: dict) -> np.ndarray:
 
 
 def church_bell(rng: Generator, labels: dict) -> np.ndarray:
-    """Hum, prime, minor third, fifth, octave and what lies above, with slow beats; a stroke every two seconds."""
+    """Hum, prime, minor third, fifth, octave and above, with slow beats; a stroke every two seconds."""
     ratios = np.array([0.5, 1, 1.2, 1.5, 2, 2.5, 2.67, 3.01, 4.1, 5.4, 6.8])
     decays = np.array([6, 4, 3, 2.2, 2, 1.2, 1, 0.9, 0.5, 0.3, 0.2]) * rng.uniform(0.5, 0.9)
     loud = np.array([0.6, 0.8, 0.9, 0.4, 1, 0.4, 0.4, 0.5, 0.35, 0.25, 0.15]) * rng.uniform(0.7, 1.2, 11)

@@ -6,10 +6,11 @@ Writes to work/cuts, each for what is there:
   codec_train_{speech,real,music,effects}.jsonl.gz   what the codec learns from, captions or not
   codec_dev.jsonl.gz                                 held-out speech and sounds
   sound_train.jsonl.gz, sound_dev.jsonl.gz           sounds with captions
-  eval_{speech,esc10,music,effects}.jsonl.gz         never trained on: reserved speech, fold 5, renders of other seeds
+  eval_{speech,esc10,music,effects}.jsonl.gz         never trained on: reserved speech, fold 5, other renders
   table.jsonl                                        clips and hours of each
-A cut of a sound has the most exact caption as its supervision's text, and in `custom`: captions (all that are true),
-kind, label (the classifier's class), labels (what it is made of), source, licence, author where there is one.
+A cut of a sound has the most exact caption as its supervision's text, and in `custom`: captions (all that
+are true), kind, label (the classifier's class), labels (what it is made of), source, licence, author where
+there is one.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from captions import captions
 from development import split as split_speech
 from reserved import EVAL_SOURCES, check_not_reserved
 
-# Clear speech at 16 kHz. Left out: digits (8 kHz) and prompts (G.722), both share-alike; wake words (mostly silence).
+# Clear speech at 16 kHz. Left out: digits (8 kHz) and prompts (G.722), both share-alike; wake words (mostly
+# silence).
 SPEECH = ("librispeech251", "coffee_commands", "speechocean762", "dctts_reader", "ljspeech32")
 # ... and what is never trained on, with its licence.
 SPEECH_EVAL = {"librispeech_other": "CC-BY-4.0", "vctk": "CC-BY-4.0", "jfk": "public domain"}

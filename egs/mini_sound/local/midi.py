@@ -26,7 +26,7 @@ def variable_length(number: int) -> bytes:
 
 
 def midi_file(notes: list[Note], programs: dict[int, int], end: float) -> bytes:
-    """The file; `programs` maps channels to General MIDI programs counted from 0, `end` is its length in seconds."""
+    """The file of `end` seconds; `programs` maps channels to General MIDI programs counted from 0."""
     events = [(0, 0, bytes([0xC0 | channel, program])) for channel, program in programs.items()]
     again: dict[tuple[int, int], int] = {}  # where a key is pressed the next time
     for note in sorted(notes, key=lambda note: -note.start):

@@ -2,8 +2,9 @@
 
     python real_sounds.py --work work [--shared-data DIR] [--github https://github.com]
 
-Writes work/sounds/<source>/*.flac and work/sounds/<source>.jsonl for the sources esc10 and sonic_pi. Folds 1 to 4
-of ESC-10 train (two clips of a class of fold 4 are for development), fold 5 is for evaluation and nothing else.
+Writes work/sounds/<source>/*.flac and work/sounds/<source>.jsonl for the sources esc10 and sonic_pi. Folds 1
+to 4 of ESC-10 train (two clips of a class of fold 4 are for development), fold 5 is for evaluation and
+nothing else.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def esc10_repository(origin: str, cache: Path) -> Path:
 
 
 def esc10_from_git(folder: Path) -> Iterator[dict]:
-    """{"name", "label", "fold", "licence", "author", "title", "audio": bytes} of every clip of the repository."""
+    """Name, label, fold, licence, author, title and audio (bytes) of every clip of the repository."""
     names = git(folder, "ls-tree", "-r", "-z", "--name-only", ESC10_COMMIT).decode().split("\0")
     readme = git(folder, "cat-file", "blob", f"{ESC10_COMMIT}:README.md").decode()
     credit = {found["name"]: found.groupdict() for found in CREDIT.finditer(readme)}

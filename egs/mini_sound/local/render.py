@@ -1,4 +1,4 @@
-"""Rendering many clips: which, from which seeds, in several processes, without those that are there already."""
+"""Rendering many clips: which, from which seeds, in several processes, without those that are there."""
 
 import argparse
 import multiprocessing
@@ -28,11 +28,13 @@ class Clip:
         return np.random.default_rng([self.seed, zlib.crc32(self.name.encode())])
 
 
-def plan(groups: list[tuple[str, dict[str, str]]], counts: dict[str, int], seed: int, tag: str = "") -> list[Clip]:
+def plan(
+    groups: list[tuple[str, dict[str, str]]], counts: dict[str, int], seed: int, tag: str = ""
+) -> list[Clip]:
     """`counts[split]` clips in all, spread evenly over the groups (label, labels); at least one of each.
 
-    Groups with the same label share the clips of that label. Clips of different groups alternate, so a part of
-    the list is balanced as well. `tag` goes into the names of clips that are made in another way.
+    Groups with the same label share the clips of that label. Clips of different groups alternate, so a part
+    of the list is balanced as well. `tag` goes into the names of clips that are made in another way.
     """
     of_label = dict.fromkeys((label for label, _ in groups), 0)
     for label, _ in groups:
@@ -45,7 +47,8 @@ def plan(groups: list[tuple[str, dict[str, str]]], counts: dict[str, int], seed:
             words = "_".join(value for value in labels.values() if value != label) or "any"
             stem = f"{label}_{words}".replace(" ", "-")
             rounds += [
-                (n, Clip(f"{stem}_{split}{seed}{tag}_{n:04d}", label, labels, split, seed)) for n in range(each)
+                (n, Clip(f"{stem}_{split}{seed}{tag}_{n:04d}", label, labels, split, seed))
+                for n in range(each)
             ]
         out += [clip for _, clip in sorted(rounds, key=lambda pair: pair[0])]
     return out
@@ -82,7 +85,7 @@ def render(
     jobs: int,
     licence: str,
 ) -> list[dict]:
-    """Write all clips to work/sounds/<source>/ and their rows to work/sounds/<source>.jsonl; returns the rows."""
+    """Write all clips to work/sounds/<source>/, their rows to work/sounds/<source>.jsonl; returns these."""
     from tqdm import tqdm
 
     folder = work / "sounds" / source

@@ -2,9 +2,9 @@
 
     python render_music.py --work work [--hours 3 --jobs 2 --seed 1 --sound-font FILE.sf2]
 
-Writes work/sounds/music/*.flac and work/sounds/music.jsonl: solo instruments (chords, arpeggio, melody, riff), drum
-beats and bands of drums, bass and a lead, slow, medium and fast, happy (major) and sad (minor). Every instrument has
-the same number of clips. Development and evaluation clips come from seeds of their own.
+Writes work/sounds/music/*.flac and work/sounds/music.jsonl: solo instruments (chords, arpeggio, melody,
+riff), drum beats and bands of drums, bass and a lead, slow, medium and fast, happy (major) and sad (minor).
+Every instrument has the same number of clips. Development and evaluation clips come from seeds of their own.
 """
 
 import argparse
@@ -35,7 +35,9 @@ def play(data: bytes, font: Path, reverb: float, room: float) -> np.ndarray:
         options = ["-ni", "-q", "-r", "32000", "-g", "0.6", "-o", "synth.dynamic-sample-loading=1"]
         options += ["-o", f"synth.reverb.level={reverb:.3f}", "-o", f"synth.reverb.room-size={room:.3f}"]
         options += ["-o", "synth.chorus.active=0", "-F", str(wave)]
-        run = subprocess.run(["fluidsynth", *options, str(font), str(score)], capture_output=True, timeout=120)
+        run = subprocess.run(
+            ["fluidsynth", *options, str(font), str(score)], capture_output=True, timeout=120
+        )
         if run.returncode or not wave.exists():
             raise RuntimeError(f"fluidsynth: {run.stderr.decode(errors='replace').strip()[-200:]}")
         return read_16k(wave)
@@ -53,7 +55,9 @@ def make(clip: Clip, font: Path) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, hours=3.0, dev=200, held=200)
-    parser.add_argument("--sound-font", type=Path, default=FONT, help="General MIDI, .sf2 (default %(default)s)")
+    parser.add_argument(
+        "--sound-font", type=Path, default=FONT, help="General MIDI, .sf2 (default %(default)s)"
+    )
     args = parser.parse_args()
     if not shutil.which("fluidsynth"):
         fail("the program fluidsynth is not there: apt-get install fluidsynth fluid-soundfont-gm")

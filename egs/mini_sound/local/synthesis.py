@@ -1,4 +1,4 @@
-"""Building blocks of synthesised sounds at 16 kHz: tones, noise, strikes, rooms. All arrays are float64 (N,)."""
+"""Building blocks of synthesised sounds at 16 kHz: tones, noise, strikes, rooms, as float64 (N,)."""
 
 import numpy as np
 from base import CLIP, RATE
@@ -15,7 +15,7 @@ def seconds(count: int = CLIP) -> np.ndarray:
 def tone(
     frequency: np.ndarray | float, count: int = CLIP, harmonics: tuple[float, ...] = (1.0,)
 ) -> np.ndarray:
-    """A tone of a constant or moving frequency in Hz; `harmonics` are amplitudes, none sounds above 7.6 kHz."""
+    """A tone of constant or moving frequency in Hz; `harmonics` are amplitudes, silent above 7.6 kHz."""
     moving = np.broadcast_to(np.asarray(frequency, float), (count,))
     phase = 2 * np.pi * np.cumsum(moving) / RATE
     out = np.zeros(count)

@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# The embedded pair for sound from nothing: data, codec, MAGNeT, scores.  bash egs/mini_sound/run.sh
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repo=$(cd "$here/../.." && pwd)
+
+stage=0
+stop_stage=1
+work="$here/work"
+python=${PYTHON:-python3}
+shared_data=""
+github=https://github.com
+speech=""
+jobs=2
+hours_music=3
+hours_effects=2
+sound_font=/usr/share/sounds/sf2/FluidR3_GM.sf2
+seed=1
+
+usage() {
+  cat <<END
+Usage: bash egs/mini_sound/run.sh [options]
+
+Makes the data of the small 16 kHz codec and the small text-to-sound MAGNeT.
+A stage that is finished is skipped; remove its marker in WORK/done to run it again.
+
+  0 recordings: ESC-10, samples of Sonic Pi, speech   1 effects, music, manifests, classifier
+
+  --stage N          first stage (default $stage)
+  --stop-stage N     last stage (default $stop_stage)
+  --work DIR         everything that is made (default egs/mini_sound/work)
+  --python FILE      Python with nar_speech installed (default \$PYTHON or python3)
+  --shared-data DIR  folder with esc10, librispeech251 ... (default ../shared/data where it exists);
+                     without it the sources that have a repository of their own are cloned, the others skipped
+  --github WHERE     server, or a folder of owner+name/repo mirrors (default $github)
+  --speech DIR       work folder of egs/mini_en whose recordings are used (default: stage 0 makes them in WORK)
+  --jobs N           processes of the renderers (default $jobs)
+  --hours-music H    hours of rendered music for training (default $hours_music)
+  --hours-effects H  hours of synthesised effects for training (default $hours_effects)
+  --sound-font FILE  General MIDI sound font (default $sound_font, MIT licence)
+  --seed N           of music, effects and training (default $seed)
+END
+}
+
+fail() {
+  echo "run.sh: $*" >&2
+  exit 2
+}
+
+while [ $# -gt 0 ]; do
+  option=$1
+  case $option in
+    -h | --help) usage && exit 0 ;;
+    --stage | --stop-stage | --work | --python | --shared-data | --github | --speech | --jobs | --hours-music | \
+      --hours-effects | --sound-font | --seed) ;;
+    *) fail "unknown option $option; --help lists them" ;;
+  esac
+  [ $# -ge 2 ] || fail "$option needs a value"
+  key=${option#--}
+  printf -v "${key//-/_}" '%s' "$2"
+  shift 2
+done
+for number in stage stop_stage jobs seed; do
+  [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number//_/-} must be a whole number, got '${!number}'"
+done
+for number in hours_music hours_effects; do
+  [[ ${!number} =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--${number//_/-} must be a number, got '${!number}'"
+done
+if [ -n "$shared_data" ] && [ ! -d "$shared_data" ]; then fail "--shared-data: no folder $shared_data"; fi
+if [ -z "$shared_data" ] && [ -d "$repo/../shared/data" ]; then shared_data="$repo/../shared/data"; fi
+if [ -n "$speech" ] && [ ! -d "$speech/real" ]; then fail "--speech: no folder $speech/real; run stage 0 of mini_en"; fi
+
+mkdir -p "$work/done" "$work/log"
+work=$(cd "$work" && pwd)
+shared=()
+if [ -n "$shared_data" ]; then shared=(--shared-data "$(cd "$shared_data" && pwd)"); fi
+export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
+
+# part NUMBER NAME FUNCTION: run FUNCTION unless it is outside the wanted stages or its marker exists.
+part() {
+  if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ]; then return 0; fi
+  local marker="$work/done/$1-$2"
+  if [ -e "$marker" ]; then
+    echo "=== stage $1, $2: done before (remove $marker to repeat)"
+    return 0
+  fi
+  echo "=== stage $1, $2 ($(date '+%H:%M:%S'))"
+  "$3"
+  touch "$marker"
+}
+
+py() { "$python" "$here/local/$1.py" "${@:2}"; }
+
+real_sounds() { py real_sounds --work "$work" "${shared[@]}" --github "$github"; }
+recordings() { py speech --work "$work" "${shared[@]}" --github "$github"; }
+effects() { py effects --work "$work" --hours "$hours_effects" --jobs "$jobs" --seed "$seed"; }
+music() {
+  py render_music --work "$work" --hours "$hours_music" --jobs "$jobs" --seed "$seed" --sound-font "$sound_font"
+}
+manifests() { py make_cuts --work "$work" --speech "${speech:-$work}" --seed "$seed"; }
+# Scored on recordings that it hasn't heard; later it says what generated sounds sound like.
+classifier() {
+  local cuts="$work/cuts" dev=("$work"/cuts/eval_{music,effects}.jsonl.gz)
+  if [ -e "$cuts/eval_esc10.jsonl.gz" ]; then dev=("$cuts/eval_esc10.jsonl.gz" "${dev[@]}"); fi
+  py classifier train "$cuts/sound_train.jsonl.gz" -o "$work/classifier.safetensors" --seed "$seed" \
+    2>&1 | tee "$work/log/classifier.log"
+  py classifier score "$work/classifier.safetensors" "${dev[@]}" --json "$work/scores/classifier.json" \
+    2>&1 | tee -a "$work/log/classifier.log"
+}
+
+if [ "$stage" -le 1 ]; then bash "$here/prepare.sh"; fi
+part 0 real_sounds real_sounds
+if [ -z "$speech" ]; then part 0 recordings recordings; fi
+part 1 effects effects
+part 1 music music
+part 1 manifests manifests
+part 1 classifier classifier

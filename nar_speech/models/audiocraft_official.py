@@ -230,7 +230,7 @@ def _musicgen(config: DictConfig, numbers: Mapping[str, Any]) -> MusicGenConfig:
     if pattern != "delay" or _get(config, "codebooks_pattern.delay.flatten_first", 0):
         raise ConfigError(f"codebooks_pattern: '{pattern}' is not supported; expected plain 'delay'")
     delays = _plain(_get(config, "codebooks_pattern.delay.delays"))
-    stride = min(float(_get(config, "generate.extend_stride", 18)), numbers["segment_seconds"])
+    stride = float(_get(config, "generate.extend_stride", 18))
     return MusicGenConfig(**numbers, delays=None if delays is None else tuple(delays), stride_seconds=stride)
 
 

@@ -27,6 +27,9 @@ import numpy as np
 import soundfile
 import soxr
 
+from nar_speech.audio_write import MAX_CHANNELS, check_rate, from_array, is_tensor, name_of, reason_of
+from nar_speech.audio_write import write_audio as write_audio
+from nar_speech.audio_write import write_blocks as write_blocks
 from nar_speech.errors import AudioError, MissingExtraError
 from nar_speech.types import Audio
 
@@ -34,10 +37,7 @@ AudioSource: TypeAlias = "str | Path | IO[bytes] | bytes | np.ndarray | tuple[np
 """A path ('-' is standard input), a binary file object, the bytes of a file, samples in the wanted rate,
 (samples, rate), or an :class:`Audio`. Samples are (N,) or (C, N)."""
 
-MIN_RATE, MAX_RATE = 1000, 768_000
-MAX_CHANNELS = 256
 BLOCK_VALUES = 1 << 21  # values decoded at once: 44 s of stereo at 24 kHz, 8 MiB
-WRITE_FRAMES = 1 << 16
 SALVAGE_FRAMES = 1024  # step in which a damaged file is read up to its damage
 VORBIS_TAIL_SECONDS = 30  # no page is that long: it holds at most 255 packets
 UNKNOWN_FRAMES = 1 << 62  # libsndfile's sign for "the header does not say"
@@ -118,13 +118,14 @@ def read_blocks(
     block_seconds: float = 30.0,
     start: float = 0.0,
     duration: float | None = None,
+    mono: bool = True,
 ) -> Iterator[np.ndarray]:
-    """Read a recording of any length in mono blocks of ``block_seconds`` seconds, the last one shorter.
+    """Read a recording of any length in blocks of ``block_seconds`` seconds, the last one shorter.
 
     Joined, the blocks equal ``read_audio``: the resampler keeps its state from one block to the next.
 
     Yields:
-        (N,) float32 samples.
+        (N,) float32 samples, or (C, N) unless ``mono``.
 
     Raises:
         AudioError: as ``read_audio``.
@@ -134,16 +135,19 @@ def read_blocks(
         raise AudioError(f"block_seconds: got {block_seconds:g}; must hold at least one sample")
     held: list[np.ndarray] = []
     filled = 0
-    for block in _blocks(source, sample_rate, True, start, duration):
-        held.append(block[:, 0])
+    for block in _blocks(source, sample_rate, mono, start, duration):
+        held.append(block)
         filled += len(block)
         if filled >= size:
             samples = np.concatenate(held)
             whole = filled // size * size
-            yield from samples[:whole].reshape(-1, size)
+            for begin in range(0, whole, size):
+                piece = samples[begin : begin + size]
+                yield piece[:, 0] if mono else piece.T
             held, filled = [samples[whole:]], filled - whole
     if filled:
-        yield np.concatenate(held)
+        samples = np.concatenate(held)
+        yield samples[:, 0] if mono else samples.T
 
 
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
@@ -152,66 +156,17 @@ def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     Raises:
         AudioError: a wrong array, NaN or infinite samples, a rate outside 1 to 768 kHz.
     """
-    frames = _from_array(samples, rate, "samples")
+    frames = from_array(samples, rate, "samples")
     result = np.concatenate(list(_resampled(iter([frames]), rate, new_rate, "samples")))
     return result[:, 0] if np.ndim(samples) == 1 else np.ascontiguousarray(result.T)
-
-
-def write_audio(
-    target: str | Path | IO[bytes],
-    audio: Audio | np.ndarray,
-    sample_rate: int | None = None,
-    format: str | None = None,
-    subtype: str | None = None,
-) -> None:
-    """Write samples to a file; what exceeds [-1, 1] is clipped, and logged as a warning.
-
-    Args:
-        target: a path whose suffix names the format (wav, flac, ogg, mp3 ...), or a file object.
-        audio: an :class:`Audio`, or an array (N,) or (C, N) with ``sample_rate``.
-        format: libsndfile's name of the format; needed for file objects.
-        subtype: libsndfile's name of the encoding; default 16 bit for wav and flac.
-
-    Raises:
-        AudioError: wrong samples, an unknown format, a target that can't be written.
-    """
-    where = _name(target)
-    if isinstance(audio, Audio):
-        audio, sample_rate = audio.samples, audio.sample_rate
-    if sample_rate is None:
-        raise AudioError(f"{where}: sample_rate is needed to write a bare array")
-    frames = _from_array(audio, sample_rate, where)
-    peak = float(np.abs(frames).max())
-    if peak > 1.0:
-        logger.warning("%s: samples reach %.3g and are clipped to 1", where, peak)
-        frames = frames.clip(-1.0, 1.0)
-    if format is None:
-        suffix = Path(where).suffix[1:].upper() if isinstance(target, str | Path) else ""
-        format = {"OPUS": "OGG", "AIF": "AIFF"}.get(suffix, suffix)
-        subtype = subtype or ("OPUS" if suffix == "OPUS" else None)
-    if format.upper() not in soundfile.available_formats() or format.upper() == "RAW":
-        raise AudioError(
-            f"{where}: can't tell the format to write; use a suffix such as .wav or .flac, or format="
-        )
-    target = str(target) if isinstance(target, str | Path) else target
-    try:
-        with soundfile.SoundFile(target, "w", sample_rate, frames.shape[1], subtype, format=format) as file:
-            for begin in range(
-                0, len(frames), WRITE_FRAMES
-            ):  # libsndfile's ogg writer crashes on a long piece
-                file.write(frames[begin : begin + WRITE_FRAMES])
-    except (soundfile.SoundFileError, OSError, ValueError, TypeError) as error:
-        raise AudioError(
-            f"{where}: can't write: {_reason(error)}; check the folder and the format"
-        ) from error
 
 
 def _blocks(
     source: AudioSource, sample_rate: int, mono: bool, start: float, duration: float | None
 ) -> Iterator[np.ndarray]:
     """Blocks (N, C) in the wanted rate; at least one sample in all."""
-    where = _name(source)
-    _check_rate(sample_rate, "sample_rate")
+    where = name_of(source)
+    check_rate(sample_rate, "sample_rate")
     if not (math.isfinite(start) and start >= 0):
         raise AudioError(f"{where}: start is {start:g}; must be 0 or more seconds")
     if duration is not None and not (math.isfinite(duration) and duration > 0):
@@ -219,7 +174,7 @@ def _blocks(
     array = _as_array(source, sample_rate)
     if array is not None:
         samples, rate = array
-        frames = _from_array(samples, rate, where)
+        frames = from_array(samples, rate, where)
         first = round(start * rate)
         stop = None if duration is None else first + max(round(duration * rate), 1)
         if first >= len(frames):
@@ -268,7 +223,7 @@ def _mixed(blocks: Iterator[np.ndarray], mono: bool) -> Iterator[np.ndarray]:
 
 def _resampled(blocks: Iterator[np.ndarray], rate: int, new_rate: int, where: str) -> Iterator[np.ndarray]:
     """Blocks (N, C) in another rate, as if resampled in one piece."""
-    _check_rate(new_rate, f"{where}: new rate")
+    check_rate(new_rate, f"{where}: new rate")
     if rate == new_rate:
         yield from blocks
         return
@@ -349,7 +304,9 @@ class _SoundFileReader(_Reader):
         try:
             self.sound = _ForwardFile(file)
         except (soundfile.SoundFileError, OSError, ValueError, TypeError, AttributeError) as error:
-            message = f"{where}: not audio that can be decoded ({_reason(error)}); convert it to wav or flac"
+            message = (
+                f"{where}: not audio that can be decoded ({reason_of(error)}); convert it to wav or flac"
+            )
             raise AudioError(message) from error
         self.sample_rate, self.channels = self.sound.samplerate, self.sound.channels
         self.frames = self.sound.frames if 0 <= self.sound.frames < UNKNOWN_FRAMES else None
@@ -374,7 +331,7 @@ class _SoundFileReader(_Reader):
                 yield block
             return
         except (soundfile.SoundFileError, OSError) as error:
-            self.damage = _reason(error)
+            self.damage = reason_of(error)
         # The block with the damage is lost as a whole, so decode again and go up to it in small steps.
         if wanted is not None:
             size = min(size, wanted - done)
@@ -413,7 +370,7 @@ class _AvReader(_Reader):
             streams = self.container.streams.audio
         except (av.FFmpegError, OSError, ValueError) as error:
             raise AudioError(
-                f"{where}: can't be decoded ({_reason(error)}); convert it to wav or flac"
+                f"{where}: can't be decoded ({reason_of(error)}); convert it to wav or flac"
             ) from error
         if not streams:
             self.container.close()
@@ -452,7 +409,7 @@ class _AvReader(_Reader):
                 if done == wanted:
                     return
         except (self.av.FFmpegError, OSError, ValueError) as error:
-            self.damage = _reason(error)
+            self.damage = reason_of(error)
 
     def close(self) -> None:
         """Close the container."""
@@ -461,7 +418,7 @@ class _AvReader(_Reader):
 
 def _open(source: str | Path | IO[bytes] | bytes) -> _Reader:
     """A reader for a path, file object or bytes, chosen by the first bytes."""
-    where = _name(source)
+    where = name_of(source)
     file = _as_file(source, where)
     try:
         if isinstance(file, str):
@@ -472,7 +429,7 @@ def _open(source: str | Path | IO[bytes] | bytes) -> _Reader:
             head = file.read(16)
             file.seek(0)
     except (OSError, ValueError) as error:
-        raise AudioError(f"{where}: can't be read: {_reason(error)}; check path and permissions") from error
+        raise AudioError(f"{where}: can't be read: {reason_of(error)}; check path and permissions") from error
     if not isinstance(head, bytes):
         raise AudioError(f"{where}: the file object gives text; open it with mode 'rb'")
     if not head:
@@ -482,7 +439,7 @@ def _open(source: str | Path | IO[bytes] | bytes) -> _Reader:
     container = any(head[offset : offset + len(magic)] == magic for offset, magic in _CONTAINERS)
     reader = (_AvReader if container else _SoundFileReader)(file, where)
     try:
-        _check_rate(reader.sample_rate, f"{where}: sample rate")
+        check_rate(reader.sample_rate, f"{where}: sample rate")
         if not 1 <= reader.channels <= MAX_CHANNELS:
             raise AudioError(f"{where}: {reader.channels} channels; can read 1 to {MAX_CHANNELS}")
     except AudioError:
@@ -536,65 +493,6 @@ def _as_array(source: Any, sample_rate: int) -> tuple[Any, int] | None:
         if len(source) != 2 or isinstance(source[1], bool) or not isinstance(source[1], int | np.integer):
             raise AudioError("audio: a pair must be (array, sample rate in whole Hz)")
         return source[0], int(source[1])
-    if isinstance(source, np.ndarray) or _is_tensor(source):
+    if isinstance(source, np.ndarray) or is_tensor(source):
         return source, sample_rate
     return None
-
-
-def _from_array(samples: Any, rate: int, where: str) -> np.ndarray:
-    """Checked samples as (N, C) float32 in [-1, 1]. Integers are scaled by their type's range."""
-    _check_rate(rate, f"{where}: sample rate")
-    if _is_tensor(samples):
-        samples = samples.detach().cpu().numpy()
-    samples = np.asarray(samples)
-    if samples.ndim not in (1, 2):
-        raise AudioError(
-            f"{where}: array of shape {samples.shape}; expected (samples,) or (channels, samples)"
-        )
-    if samples.ndim == 2 and not 1 <= samples.shape[0] <= MAX_CHANNELS:
-        raise AudioError(
-            f"{where}: array of shape {samples.shape}; expected (channels, samples): transpose it?"
-        )
-    if samples.shape[-1] == 0:
-        raise AudioError(f"{where}: holds no samples; use a recording that is not empty")
-    if samples.dtype in (np.int8, np.int16, np.int32):
-        samples = samples * np.float32(1.0 / (np.iinfo(samples.dtype).max + 1.0))
-    elif samples.dtype == np.uint8:
-        samples = (samples.astype(np.float32) - 128.0) / 128.0
-    elif samples.dtype not in (np.float16, np.float32, np.float64):
-        raise AudioError(f"{where}: array of {samples.dtype}; expected float, int16, int32, int8 or uint8")
-    else:
-        if not np.isfinite(samples).all():
-            raise AudioError(f"{where}: NaN or infinite samples; repair the array")
-        if np.abs(samples).max() > 256:
-            raise AudioError(
-                f"{where}: float samples reach {np.abs(samples).max():g}; divide to bring them to [-1, 1]"
-            )
-    samples = samples.astype(np.float32, copy=False)
-    return samples[:, None] if samples.ndim == 1 else samples.T
-
-
-def _is_tensor(source: Any) -> bool:
-    """Whether it is a torch tensor, without importing torch."""
-    return hasattr(source, "detach") and hasattr(source, "cpu")
-
-
-def _check_rate(rate: int, where: str) -> None:
-    if not MIN_RATE <= rate <= MAX_RATE:
-        raise AudioError(f"{where} is {rate} Hz; must be {MIN_RATE} to {MAX_RATE}")
-
-
-def _name(source: Any) -> str:
-    """What to call a source in a message."""
-    if isinstance(source, str | Path):
-        return "standard input" if str(source) == "-" else str(source)
-    if isinstance(source, bytes | bytearray | memoryview):
-        return f"audio ({len(source)} bytes)"
-    name = getattr(source, "name", None)
-    return name if isinstance(name, str) and name else f"audio ({type(source).__name__})"
-
-
-def _reason(error: BaseException) -> str:
-    """One line of why something failed, without the words that _name already says."""
-    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
-    return " ".join(str(text).split()).rstrip(".") or type(error).__name__

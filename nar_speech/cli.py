@@ -220,6 +220,23 @@ def evaluate(options: argparse.Namespace) -> int:
     return SOME_FAILED if found.problems else OK
 
 
+def _describe_generate(parser: argparse.ArgumentParser) -> None:
+    from nar_speech.cli_generate import describe_generate
+
+    describe_generate(parser)
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Make sounds and music from texts.
+
+    The clips' files are named on stdout. The same prompt, seed and options give the same clip again.
+    nar-speech generate "rain on a tin roof" --duration 5 -o rain.wav
+    """
+    from nar_speech.cli_generate import generate as run
+
+    return run(options)
+
+
 def _describe_models(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("list", help="models that ship with the package, and known names of the hub")
@@ -293,6 +310,7 @@ Command = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Na
 COMMANDS: dict[str, Command] = {
     "transcribe": (_describe_transcribe, transcribe),
     "evaluate": (_describe_evaluate, evaluate),
+    "generate": (_describe_generate, generate),
     "models": (_describe_models, models),
     "serve": (_describe_serve, serve),
     "bench": (_describe_bench, bench),

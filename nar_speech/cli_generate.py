@@ -208,7 +208,7 @@ def _targets(options: argparse.Namespace, prompts: list[str]) -> list[Path]:
         raise ConfigError("--format: is for an output folder; a file's suffix says its format")
     if path.suffix.lower()[1:] not in SUFFIXES:
         raise ConfigError(
-            f"--output {options.output}: the suffix must be one of {', '.join(SUFFIXES)}; a folder ends with /"
+            f"--output {options.output}: its suffix must be one of {', '.join(SUFFIXES)}; folders end with /"
         )
     if not path.parent.is_dir():
         raise ConfigError(f"--output {options.output}: no such folder; make it first")

@@ -227,9 +227,8 @@ def save(network: SoundNet, known: list[str], path: Path) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        network.state_dict(), path, metadata={"kind": "mini_sound classifier", "classes": json.dumps(known)}
-    )
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    save_file(tensors, path, metadata={"kind": "mini_sound classifier", "classes": json.dumps(known)})
 
 
 def load(path: Path) -> tuple[SoundNet, list[str]]:

@@ -33,7 +33,7 @@ def midi_file(notes: list[Note], programs: dict[int, int], end: float) -> bytes:
         first = max(round(note.start * 1000), 0)
         last = first + max(round(note.length * 1000), 10)
         # The key of a repeated note is let go before, or the end of the first would silence the second.
-        last = min(last, max(again.get((note.channel, note.pitch), last) - 5, first + 1))
+        last = min(last, max(again.get((note.channel, note.pitch), last + 5) - 5, first + 1))
         again[note.channel, note.pitch] = first
         pitch, velocity = min(max(note.pitch, 0), 127), min(max(note.velocity, 1), 127)
         # At the same tick a key is let go before it is pressed again.

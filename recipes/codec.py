@@ -64,8 +64,8 @@ class Recipe:
     Attributes:
         network: fields of :class:`~nar_speech.codec.spectral.SpectralCodecConfig`.
         levels: numbers of codebooks, one of which is drawn for each piece of a batch (quantizer dropout).
-        quantize_from: optimizer steps in which the decoder reads the latents as they are; codebooks that start
-            on latents that mean something are used more evenly.
+        quantize_from: optimizer steps in which the decoder reads the latents as they are.
+        start_seconds: of sound to whose latents the codebooks are fitted then.
         validate_levels: numbers of codebooks that validation measures.
     """
 
@@ -76,6 +76,7 @@ class Recipe:
     levels: list[int]
     validate_levels: list[int]
     quantize_from: int = 0
+    start_seconds: float = 400.0
     losses: LossSection = LossSection()
     gan: GanSection = GanSection()
     init: InitSection = field(default_factory=InitSection)
@@ -111,16 +112,14 @@ def recipe(config: Recipe, world: World) -> None:
 
     def loss_step(model, batch, generator, step):
         waves = batch.waves
+        if step == config.quantize_from > 0:
+            model.codec.start_codebooks(data.sample(config.start_seconds).to(waves))
         pick = torch.randint(len(choices), (len(waves),), generator=generator, device=waves.device)
         decoded, quantized = model.codec(waves, choices[pick], step >= config.quantize_from)
         mel, phase = mel_distance(decoded, waves, rate), complex_distance(decoded, waves)
         factors = config.losses
         loss = factors.mel * mel + factors.complex * phase + factors.commitment * quantized.commitment
-        terms = {
-            "loss_mel": mel.detach(),
-            "loss_complex": phase.detach(),
-            "loss_commit": quantized.commitment,
-        }
+        terms = {"loss_mel": mel, "loss_complex": phase, "loss_commit": quantized.commitment}
         if step >= config.gan.start:
             own, fooled, features = adversarial_losses(model.discriminator, decoded, waves)
             loss = loss + own + factors.adversarial * fooled + factors.features * features
@@ -138,9 +137,10 @@ def recipe(config: Recipe, world: World) -> None:
             sums[-1] += len(batch.waves)
         sums = sum_over(world, sums)
         means = (sums[:-1] / sums[-1]).view(-1, 2).tolist()
-        metrics = {f"mel_{n}": row[0] for n, row in zip(config.validate_levels, means, strict=True)}
-        metrics |= {f"complex_{n}": row[1] for n, row in zip(config.validate_levels, means, strict=True)}
-        return {"loss": sum(row[0] for row in means) / len(means), **metrics}
+        metrics = {"loss": sum(row[0] for row in means) / len(means)}
+        for n, row in zip(config.validate_levels, means, strict=True):
+            metrics[f"mel_{n}"], metrics[f"complex_{n}"] = row
+        return metrics
 
     result = train(config.train, model, loss_step, data, validate, world)
     if result.finished and world.main:

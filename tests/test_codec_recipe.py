@@ -55,6 +55,7 @@ def test_recipe_trains_resumes_and_writes_a_folder(manifests, tmp_path):
     ours, theirs = losses(run), losses(whole)
     assert [row["loss"] for row in ours.values()] == [row["loss"] for row in theirs.values()]
     assert "loss_discriminator" not in ours[10]
+    assert ours[5]["loss_commit"] == 0 < ours[6]["loss_commit"]  # tiny.yaml: five steps without codes
     assert ours[11]["loss_discriminator"] > 0
     network, card = read_codec_folder(run / "model")
     assert card.metrics["loss"] < ours[1]["loss_mel"]
@@ -106,6 +107,10 @@ def test_crops_depend_on_seed_and_position_alone(manifests, workers):
     second = CropData(config, 320, 5, rank=1, world_size=2)
     torch.testing.assert_close(next(iter(second)).waves, first[1])
     assert not torch.equal(first[0], first[1])
+    sample = data.sample(2.0)
+    assert sample.shape == (6, 4800)
+    assert data.state_dict() == {"batches": 4}
+    torch.testing.assert_close(second.sample(2.0), sample)
     assert max(float(part.abs().max()) for part in first) < 1.0
 
 

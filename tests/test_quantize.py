@@ -66,12 +66,32 @@ def test_levels_not_in_use_learn_nothing():
 def test_codebook_finds_the_clusters_of_its_input():
     torch.manual_seed(1)
     centres = 5 * torch.randn(4, 3)
-    book = Codebook(4, 3, decay=0.9).train()
+    book = Codebook(16, 3, decay=0.9).train()
     for _ in range(200):
         x = centres[torch.randint(4, (64,))] + 0.05 * torch.randn(64, 3)
-        book.start(x)
+        if not book.started:
+            book.start(x)
         book.learn(book.sums(x, book.nearest(x)), x)
     assert torch.cdist(centres, book.embed).min(1).values.max() < 0.2
+
+
+def test_codebooks_start_with_k_means_of_many_latents():
+    torch.manual_seed(3)
+    x = torch.randn(4000, 6)
+    quantizer = ResidualVectorQuantizer(6, 3, 16)
+    assert not quantizer.started
+    quantizer.start(x)
+    assert quantizer.started
+    rest, before = x, x.square().mean()
+    for level in quantizer.levels:
+        chosen = level.nearest(rest)
+        assert len(chosen.unique()) == 16
+        rest = rest - level.embed[chosen]
+        assert rest.square().mean() < 0.8 * before
+        before = rest.square().mean()
+    skipped = quantizer.skip(x[None])
+    torch.testing.assert_close(skipped.latents[0], x)
+    assert skipped.tokens.shape == (1, 0, 4000)
 
 
 def test_unused_entries_are_replaced_by_vectors_of_the_batch():

@@ -55,13 +55,15 @@ class Codebook(nn.Module):
         return (x @ table.T).mul_(-2).add_(table.square().sum(1)).argmin(1)
 
     @torch.no_grad()
-    def start(self, x: Tensor) -> None:
-        """Vectors (M, D) of the first batch as entries; repeated ones are told apart by a little noise."""
-        if bool(self.started) or not len(x):
-            return
-        pick = torch.randint(len(x), (len(self.embed),), device=x.device)
+    def start(self, x: Tensor, rounds: int = 10) -> None:
+        """Entries from vectors (M, D) by k-means; few vectors become entries with a little noise."""
+        pick = torch.randperm(max(len(x), len(self.embed)), device=x.device)[: len(self.embed)] % len(x)
         noise = torch.randn(len(pick), x.shape[1], device=x.device) * x.std(0, correction=0) * 0.05
         self.embed.copy_(x[pick] + noise)
+        for _ in range(rounds if len(x) > 2 * len(self.embed) else 0):
+            sums = self.sums(x, self.nearest(x))
+            used = sums[:, -1:] > 0
+            self.embed.copy_(torch.where(used, sums[:, :-1] / sums[:, -1:].clamp_min(1), self.embed))
         self.usage.fill_(1.0)
         self.total.copy_(self.embed)
         self.started.fill_(True)
@@ -69,8 +71,8 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def sums(self, x: Tensor, chosen: Tensor) -> Tensor:
         """For each entry the sum of the vectors (M, D) that chose it (M,), and their number: (S, D + 1)."""
-        hits = torch.zeros(len(x), len(self.embed), device=x.device).scatter_(1, chosen[:, None], 1.0)
-        return hits.T @ torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        rows = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        return rows.new_zeros(len(self.embed), rows.shape[1]).index_add_(0, chosen, rows)
 
     @torch.no_grad()
     def learn(self, sums: Tensor, x: Tensor) -> None:
@@ -129,7 +131,7 @@ class ResidualVectorQuantizer(nn.Module):
             rest, result, tokens, losses, seen = x, torch.zeros_like(x), [], [], []
             for number, level in enumerate(self.levels):
                 active = used > number
-                if self.training:
+                if self.training and not bool(level.started) and bool(active.any()):
                     level.start(rest.detach()[active].flatten(0, 1))
                 chosen = level.nearest(rest.detach().flatten(0, 1)).view(x.shape[:2])
                 if self.training:
@@ -145,6 +147,22 @@ class ResidualVectorQuantizer(nn.Module):
                 self._learn(seen)
             straight = x + (result - x).detach() if self.training else result
             return Quantized(self.project_out(straight), torch.stack(tokens, 1), torch.stack(losses).mean())
+
+    @torch.no_grad()
+    def start(self, x: Tensor) -> None:
+        """Begin with codebooks that fit latents (M, D), many times as many as there are entries.
+
+        Without this they begin with the vectors of the first batch.
+        """
+        rest = self.project_in(x.float())
+        for level in self.levels:
+            level.start(rest)
+            rest = rest - level.embed[level.nearest(rest)]
+
+    @property
+    def started(self) -> bool:
+        """Whether the codebooks hold anything."""
+        return all(bool(level.started) for level in self.levels)
 
     def skip(self, x: Tensor) -> Quantized:
         """Latents (B, T, D) through both projections only; no codes, nothing is learnt."""

@@ -1,8 +1,9 @@
 """Our own codec: short-time spectra in, codes, short-time spectra out; small, and quick on a CPU.
 
-The encoder reads compressed complex spectra, the decoder predicts magnitude and phase (Siuzdak 2023, Vocos,
-section 3). Nothing but two Fourier transforms runs at the rate of samples. All layers but the first of the
-decoder look back only, so it streams with a delay of ``SpectralCodec.delay`` samples.
+The encoder reads complex spectra with compressed magnitudes, and the decoder predicts such spectra; both are
+stacks of ConvNeXt blocks as in Vocos (Siuzdak 2023, section 3), whose head gives magnitude and phase. Only the
+transforms run at the rate of samples. All layers but the first of the decoder look back only, so it
+streams with a delay of ``SpectralCodec.delay`` samples.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from nar_speech.errors import ConfigError
 from nar_speech.layers.convnext import CausalConvNeXtBlock
 from nar_speech.types import Codes
 
-COMPRESSION = 0.3  # power of the magnitudes that the encoder reads
+COMPRESSION = 0.3  # power of the magnitudes that the encoder reads and the decoder writes
 LOUDEST = 1e3  # largest magnitude of a bin; a sine of full scale has a quarter of the window in its bin
 
 
@@ -169,6 +170,13 @@ class SpectralCodec(Codec):
         latents = self._analyse(waves)
         quantized = self.quantizer(latents, levels) if quantize else self.quantizer.skip(latents)
         return self._synthesise(quantized.latents), quantized
+
+    @torch.no_grad()
+    def start_codebooks(self, waves: Tensor) -> None:
+        """Let codebooks begin with what fits waves (B, N), N a multiple of ``hop``: some minutes of sound."""
+        if self.config.quantizer == "rvq":
+            latents = [self._analyse(part) for part in waves.split(16)]
+            self.quantizer.start(torch.cat(latents).flatten(0, 1))
 
     @torch.no_grad()
     def encode(self, waves: Tensor, lengths: Tensor | None = None, num_codebooks: int | None = None) -> Codes:
@@ -332,9 +340,10 @@ class SpectralCodec(Codec):
     def _frames(self, head: Tensor) -> Tensor:
         """Windowed samples (B, S, window) of the head's output."""
         with torch.autocast(head.device.type, enabled=False):
-            logs, phase = head.float().chunk(2, -1)
-            magnitude = logs.exp().clamp(max=LOUDEST)
-            spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
+            real, imaginary = head.float().chunk(2, -1)
+            power = (real.square() + imaginary.square()).clamp(1e-12, LOUDEST ** (2 * COMPRESSION))
+            gain = power.pow((1 / COMPRESSION - 1) / 2)
+            spectrum = torch.complex(real * gain, imaginary * gain)
             return torch.fft.irfft(spectrum, self.config.window) * self.window
 
     def _overlap_add(

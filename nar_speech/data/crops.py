@@ -89,6 +89,11 @@ class CropData:
         """Go to a position; the next ``iter`` starts there."""
         self._done = int(state["batches"])
 
+    def sample(self, seconds: float) -> Tensor:
+        """About so many seconds of other pieces (B, N), the same in every process; the position stays."""
+        count = max(1, round(seconds / self.config.seconds / self.config.batch_size))
+        return torch.cat([self._reader.read("sample", number) for number in range(count)])
+
     def __iter__(self) -> Iterator[CropBatch]:
         first = self._done
         loader = torch.utils.data.DataLoader(
@@ -141,7 +146,11 @@ class _Reader:
         self.shares = np.cumsum(shares) / shares.sum()
 
     def __getitem__(self, number: int) -> Tensor:
-        rng = np.random.default_rng(derive_seed(self.seed, "crops", number))
+        return self.read("crops", number)
+
+    def read(self, purpose: str, number: int) -> Tensor:
+        """The pieces (B, N) of one batch; each purpose has batches of its own."""
+        rng = np.random.default_rng(derive_seed(self.seed, purpose, number))
         return torch.from_numpy(np.stack([self._draw(rng) for _ in range(self.config.batch_size)]))
 
     def _draw(self, rng: np.random.Generator) -> np.ndarray:

@@ -10,7 +10,7 @@ tensorboard/, loss.png and model/, the folder that nar-speech codec reads.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,10 +81,6 @@ class Recipe:
     gan: GanSection = GanSection()
     init: InitSection = field(default_factory=InitSection)
 
-    def __post_init__(self) -> None:
-        if not self.levels or not self.validate_levels:
-            raise ConfigError("levels, validate_levels: name at least one number of codebooks")
-
 
 class CodecWithDiscriminators(nn.Module):
     """What is trained: one optimizer moves both, each by its own part of the loss."""
@@ -97,8 +93,9 @@ class CodecWithDiscriminators(nn.Module):
 def recipe(config: Recipe, world: World) -> None:
     """Model, data, loss, training, model folder: in this order."""
     network = configs.from_dict(SpectralCodecConfig, config.network, "network")
-    if max(*config.levels, *config.validate_levels) > network.num_codebooks:
-        raise ConfigError(f"levels: the network has {network.num_codebooks} codebooks")
+    used, all_of_them = [config.levels, config.validate_levels], network.num_codebooks
+    if not all(used) or max(map(max, used)) > all_of_them or min(map(min, used)) < 1:
+        raise ConfigError(f"levels, validate_levels: the network has {all_of_them} codebooks; name 1 to all")
     torch.manual_seed(config.train.seed)
     parts = MultiResolutionDiscriminator(config.gan.windows, config.gan.channels, config.gan.layers)
     model = CodecWithDiscriminators(SpectralCodec(network), parts)
@@ -135,8 +132,8 @@ def recipe(config: Recipe, world: World) -> None:
                 distances = mel_distance(decoded, batch.waves, rate), complex_distance(decoded, batch.waves)
                 sums[2 * n : 2 * n + 2] += torch.stack(distances).double().cpu() * len(batch.waves)
             sums[-1] += len(batch.waves)
-        sums = sum_over(world, sums)
-        means = (sums[:-1] / sums[-1]).view(-1, 2).tolist()
+        *sums, count = sum_over(world, sums)
+        means = (torch.stack(sums) / count).view(-1, 2).tolist()
         metrics = {"loss": sum(row[0] for row in means) / len(means)}
         for n, row in zip(config.validate_levels, means, strict=True):
             metrics[f"mel_{n}"], metrics[f"complex_{n}"] = row
@@ -144,7 +141,7 @@ def recipe(config: Recipe, world: World) -> None:
 
     result = train(config.train, model, loss_step, data, validate, world)
     if result.finished and world.main:
-        card = configs.from_dict(ModelCard, {**configs.to_dict(config.card), "metrics": result.metrics})
+        card = replace(config.card, metrics=result.metrics)
         say(world, f"model folder: {write_codec_folder(f'{config.train.output_dir}/model', codec, card)}")
 
 

@@ -1,8 +1,8 @@
 """Our own codec: short-time spectra in, codes, short-time spectra out; small, and quick on a CPU.
 
-The encoder reads complex spectra with compressed magnitudes, and the decoder predicts such spectra; both are
-stacks of ConvNeXt blocks as in Vocos (Siuzdak 2023, section 3), whose head gives magnitude and phase. Only the
-transforms run at the rate of samples. All layers but the first of the decoder look back only, so it
+The encoder reads complex spectra with compressed magnitudes, and the decoder predicts such spectra. Both are
+stacks of ConvNeXt blocks as in Vocos (Siuzdak 2023, section 3), whose head gives magnitude and phase. Nothing
+but the transforms runs at the rate of samples. All layers but the first of the decoder look back only, so it
 streams with a delay of ``SpectralCodec.delay`` samples.
 """
 

@@ -306,12 +306,30 @@ def bench(options: argparse.Namespace) -> int:
     return run(options)
 
 
+def _describe_codec(parser: argparse.ArgumentParser) -> None:
+    from nar_speech.cli_codec import describe_codec
+
+    describe_codec(parser)
+
+
+def codec(options: argparse.Namespace) -> int:
+    """Turn sound into the tokens of a neural codec, and back: encode, decode, report, info.
+
+    Files of any rate and number of channels are resampled and mixed to what the codec wants; files of any
+    length are run in pieces. docs/codec.md has the format of token files.
+    """
+    from nar_speech.cli_codec import codec as run
+
+    return run(options)
+
+
 Command = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
 COMMANDS: dict[str, Command] = {
     "transcribe": (_describe_transcribe, transcribe),
     "evaluate": (_describe_evaluate, evaluate),
     "generate": (_describe_generate, generate),
     "models": (_describe_models, models),
+    "codec": (_describe_codec, codec),
     "serve": (_describe_serve, serve),
     "bench": (_describe_bench, bench),
 }

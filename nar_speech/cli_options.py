@@ -50,7 +50,7 @@ def _left(text: str) -> int:
     return int(text)
 
 
-def _up_to(most: int) -> Callable[[str], int]:
+def up_to(most: int) -> Callable[[str], int]:
     """A parser of whole numbers from 1: no more threads, open files or frames than a machine bears."""
 
     def parse(text: str) -> int:
@@ -77,7 +77,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "fp32", "bfloat16", "bf16", "int8"),
         help="auto: what this processor computes fastest; int8: CPU only",
     )
-    group.add_argument("--threads", type=_up_to(MAX_THREADS), metavar="N", help="CPU threads of PyTorch")
+    group.add_argument("--threads", type=up_to(MAX_THREADS), metavar="N", help="CPU threads of PyTorch")
 
 
 def decoding_options(parser: argparse.ArgumentParser) -> None:
@@ -170,10 +170,10 @@ def stream_options(parser: argparse.ArgumentParser) -> None:
         help="offline model that corrects finished utterances (default: the embedded one for the embedded"
         " streaming model; else the model itself, where it can)",
     )
-    group.add_argument("--max-streams", type=_up_to(MAX_STREAMS), metavar="N", help="files heard at once (8)")
+    group.add_argument("--max-streams", type=up_to(MAX_STREAMS), metavar="N", help="files heard at once (8)")
     group.add_argument(
         "--chunk-size",
-        type=_up_to(MAX_CHUNK),
+        type=up_to(MAX_CHUNK),
         metavar="N",
         help="of CTC models: encoder frames of a chunk (default: as model.yaml says)",
     )

@@ -66,7 +66,7 @@ class Work:
         if output is not None and not folder:
             keep_inputs("--output", output, work.sources)
         if folder:
-            work.targets = _targets(names, Path(output), options.format)
+            work.targets = name_targets(names, Path(output), options.format)
             if options.resume:
                 work.sources = [source for source in names if not work.targets[source].exists()]
             work.done = len(names) - len(work.sources)
@@ -147,7 +147,7 @@ def keep_inputs(option: str, output: str, inputs: Sequence[str | Path]) -> None:
             raise ConfigError(f"{option} {output}: is an input and would be overwritten; name another file")
 
 
-def _targets(names: Mapping[str, Path], folder: Path, suffix: str) -> dict[str, Path]:
+def name_targets(names: Mapping[str, Path], folder: Path, suffix: str) -> dict[str, Path]:
     """The output file of every input: its name with another suffix, or one more where two would clash.
 
     Inputs of different folders with the same name keep as much of their paths as tells them apart.

@@ -168,7 +168,7 @@ def rename_official(name: str, blocks: int) -> str:
         return name
     half, place, rest = match[1].split(".")[0], int(match[2]), match[3]
     outer = {0: "conv1", blocks + 1: "snake1", blocks + 2: "conv2"}
-    if place in outer:
+    if place in outer and "." not in rest:
         return f"{half}.{outer[place]}.{rest}"
     # In a block of the encoder the units come first, in one of the decoder last.
     units, ends = (0, ("snake1", "conv1")) if half == "encoder" else (2, ("snake1", "conv_t1"))

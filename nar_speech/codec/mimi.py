@@ -7,6 +7,7 @@ and the keys and values that the windows of the two Transformers still see, are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class MimiCodec(RowCodec):
         self.config, self.name = c, name
         self.sample_rate, self.channels = c.sampling_rate, c.audio_channels
         down = self.model.encoder.downsample.conv.stride[0]
-        self.hop = int(torch.tensor(c.upsampling_ratios).prod()) * down
+        self.hop = math.prod(c.upsampling_ratios) * down
         self.num_codebooks, self.codebook_size = c.num_quantizers, c.codebook_size
         self.frame_rate = self.sample_rate / self.hop
         self.register_load_state_dict_post_hook(lambda codec, _: codec.forget_vectors())

@@ -157,10 +157,10 @@ def test_damaged_packages_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="best_state"):
         from_official(tmp_path)
     torch.save({"best_state": {"a": torch.zeros(1)}}, tmp_path / WEIGHTS)
-    with pytest.raises(CheckpointError, match="xp.cfg"):
+    with pytest.raises(CheckpointError, match=r"xp\.cfg"):
         from_official(tmp_path)
     torch.save({"best_state": {"a": torch.zeros(1)}, "xp.cfg": "a: [1"}, tmp_path / WEIGHTS)
-    with pytest.raises(ConfigError, match="xp.cfg"):
+    with pytest.raises(ConfigError, match=r"xp\.cfg"):
         from_official(tmp_path)
 
 

@@ -23,7 +23,7 @@ from nar_speech.errors import ConfigError
 from nar_speech.layers.convnext import CausalConvNeXtBlock
 from nar_speech.types import Codes
 
-COMPRESSION = 0.3  # power of the magnitudes that the encoder reads and the decoder writes
+COMPRESSION = 0.5  # power of the magnitudes that the encoder reads and the decoder writes
 LOUDEST = 1e3  # largest magnitude of a bin; a sine of full scale has a quarter of the window in its bin
 
 
@@ -252,7 +252,7 @@ class SpectralCodec(Codec):
         self, tokens: Tensor, state: SpectralDecoderState, final: bool = False
     ) -> tuple[Tensor, SpectralDecoderState]:
         """Codes (B, K, t), any t, to the samples (B, 1, n) that are complete; ``final``: the rest."""
-        pending = state.pending
+        tokens, pending = self.check_tokens(tokens), state.pending
         if tokens.shape[2]:
             pending = torch.cat([pending, self.quantizer.decode(self.check_tokens(tokens))], 1)
         begun = pending.shape[1] > self.past or state.skip < self.edge

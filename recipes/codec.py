@@ -23,7 +23,7 @@ from nar_speech.data.crops import CropConfig, CropData, CropEval
 from nar_speech.errors import ConfigError
 from nar_speech.layers.discriminator import MultiResolutionDiscriminator
 from nar_speech.losses.gan import adversarial_losses
-from nar_speech.losses.spectral import complex_distance, mel_distance
+from nar_speech.losses.spectral import mel_distance, wave_distance
 from nar_speech.train import World, say, train
 from nar_speech.train.distributed import sum_over
 from nar_speech.train.loop import TrainConfig
@@ -36,7 +36,7 @@ class LossSection:
     """Factors of the losses; zero leaves one out."""
 
     mel: float = 15.0
-    complex: float = 5.0
+    wave: float = 5.0
     commitment: float = 0.25
     adversarial: float = 1.0
     features: float = 2.0
@@ -113,10 +113,10 @@ def recipe(config: Recipe, world: World) -> None:
             model.codec.start_codebooks(data.sample(config.start_seconds).to(waves))
         pick = torch.randint(len(choices), (len(waves),), generator=generator, device=waves.device)
         decoded, quantized = model.codec(waves, choices[pick], step >= config.quantize_from)
-        mel, phase = mel_distance(decoded, waves, rate), complex_distance(decoded, waves)
+        mel, wave = mel_distance(decoded, waves, rate), wave_distance(decoded, waves)
         factors = config.losses
-        loss = factors.mel * mel + factors.complex * phase + factors.commitment * quantized.commitment
-        terms = {"loss_mel": mel, "loss_complex": phase, "loss_commit": quantized.commitment}
+        loss = factors.mel * mel + factors.wave * wave + factors.commitment * quantized.commitment
+        terms = {"loss_mel": mel, "loss_wave": wave, "loss_commit": quantized.commitment}
         if step >= config.gan.start:
             own, fooled, features = adversarial_losses(model.discriminator, decoded, waves)
             loss = loss + own + factors.adversarial * fooled + factors.features * features
@@ -129,14 +129,14 @@ def recipe(config: Recipe, world: World) -> None:
             batch = batch.to(world.device)
             for n, levels in enumerate(config.validate_levels):
                 decoded, _ = model.codec(batch.waves, choices.new_full((len(batch.waves),), levels))
-                distances = mel_distance(decoded, batch.waves, rate), complex_distance(decoded, batch.waves)
+                distances = mel_distance(decoded, batch.waves, rate), wave_distance(decoded, batch.waves)
                 sums[2 * n : 2 * n + 2] += torch.stack(distances).double().cpu() * len(batch.waves)
             sums[-1] += len(batch.waves)
         *sums, count = sum_over(world, sums)
         means = (torch.stack(sums) / count).view(-1, 2).tolist()
         metrics = {"loss": sum(row[0] for row in means) / len(means)}
         for n, row in zip(config.validate_levels, means, strict=True):
-            metrics[f"mel_{n}"], metrics[f"complex_{n}"] = row
+            metrics[f"mel_{n}"], metrics[f"wave_{n}"] = row
         return metrics
 
     result = train(config.train, model, loss_step, data, validate, world)

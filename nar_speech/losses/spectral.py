@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from nar_speech.spectrum import stft
@@ -39,22 +38,15 @@ def mel_distance(
     return total / len(windows)
 
 
-def complex_distance(
-    waves: Tensor, target: Tensor, windows: Sequence[int] = (512, 1024), power: float = 0.3
-) -> Tensor:
-    """Mean absolute difference of complex spectra with compressed magnitudes, phase included; a scalar.
+def wave_distance(waves: Tensor, target: Tensor, quiet: float = 1e-3) -> Tensor:
+    """Mean absolute difference of samples, relative to the mean absolute value of the target; a scalar.
 
-    Source: Braun & Tashev 2021, equation 4 (power-law compressed complex error).
+    Args:
+        waves, target: (B, N) samples; every row counts alike.
+        quiet: added to the mean value of a row, so that silence does not count for much.
     """
-    total = waves.new_zeros(())
-    for window in windows:
-        ours, theirs = (_compress(stft(x, window) / window**0.5, power) for x in (waves, target))
-        total = total + (torch.view_as_real(ours) - torch.view_as_real(theirs)).abs().mean()
-    return total / len(windows)
-
-
-def _compress(spectrum: Tensor, power: float) -> Tensor:
-    return spectrum * spectrum.abs().clamp_min(1e-4).pow(power - 1)
+    difference = (waves - target).float().abs().mean(1)
+    return (difference / (target.float().abs().mean(1) + quiet)).mean()
 
 
 @lru_cache(maxsize=64)

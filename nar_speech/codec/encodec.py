@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -397,6 +397,15 @@ def rename(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     return renamed
 
 
+def bandwidths_for(count: int, bins: int, sample_rate: int, ratios: Sequence[int]) -> list[float]:
+    """``target_bandwidths`` of which transformers makes so many codebooks.
+
+    It divides the last one by the bandwidth of a codebook; half a codebook more is safe from rounding.
+    """
+    rate = math.ceil(sample_rate / math.prod(ratios))
+    return [(count + 0.5) * rate * math.ceil(math.log2(bins)) / 1000]
+
+
 def audiocraft_config(
     seanet: Mapping[str, Any],
     sample_rate: int,
@@ -433,8 +442,6 @@ def audiocraft_config(
         raise ConfigError(f"seanet: {wrong} is not supported; only {', '.join(NORMS)} and alpha 1 are")
     config = {ours: seanet[key] for key, ours in SEANET_KEYS.items() if seanet.get(key) is not None}
     lstm = int(seanet.get("lstm", 0))
-    hop = math.prod(config["upsampling_ratios"])
-    rate = math.ceil(sample_rate / hop)
     config.update(
         upsampling_ratios=list(config["upsampling_ratios"]),
         sampling_rate=sample_rate,
@@ -447,8 +454,6 @@ def audiocraft_config(
         num_lstm_layers=max(lstm, 1),
         codebook_size=bins,
         codebook_dim=config["hidden_size"],
-        # transformers derives the number of codebooks from the last bandwidth; half a codebook more is safe
-        # from rounding.
-        target_bandwidths=[(num_codebooks + 0.5) * rate * math.ceil(math.log2(bins)) / 1000],
+        target_bandwidths=bandwidths_for(num_codebooks, bins, sample_rate, config["upsampling_ratios"]),
     )
     return config, lstm > 0

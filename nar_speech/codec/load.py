@@ -99,13 +99,15 @@ def _place(name: str | Path, cache_dir: str | Path | None, offline: bool | None)
             f"codec '{DEFAULT_CODEC}': nar_speech/assets/{DEFAULT_CODEC} is not in this installation; install"
             " the package again, or name a codec with --codec"
         )
-    if path.is_file() or path.is_dir():
+    if wanted != "" and (path.is_file() or path.is_dir()):
         return path
     if isinstance(wanted, str) and wanted in ALIASES:
         wanted = ALIASES[wanted]
     if "/" not in str(wanted):
         known = ", ".join((DEFAULT_CODEC, *ALIASES))
-        raise HubError(f"{wanted}: no such codec, folder or file; give one of {known}, a path or a hub id")
+        raise HubError(
+            f"{wanted or '(empty name)'}: no such codec or file; give one of {known}, a path or a hub id"
+        )
     return hub.resolve(wanted, cache_dir, offline)
 
 
@@ -272,12 +274,16 @@ def _package_config(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]
         if match:
             strides[int(match[1])] = tensor.shape[2] // 2
     bins, width = shape("quantizer.vq.layers.0._codebook.embed")
+    ratios = [strides[place] for place in sorted(strides)]
+    levels = sum(name.endswith("._codebook.embed") for name in tensors)
+    known = encodec.PACKAGE_MODELS[first[1]]
     return {
-        **encodec.PACKAGE_MODELS[first[1]],
+        **known,
+        "target_bandwidths": encodec.bandwidths_for(levels, bins, known["sampling_rate"], ratios),
         "num_filters": first[0],
         "hidden_size": width,
         "codebook_size": bins,
-        "upsampling_ratios": [strides[place] for place in sorted(strides)],
+        "upsampling_ratios": ratios,
     }
 
 

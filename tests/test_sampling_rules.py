@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nar_speech.errors import ConfigError
+from nar_speech.sampling import filters
 from nar_speech.sampling.confidence import confidence_of
 from nar_speech.sampling.config import MaskedConfig, magnet_config, mask_ctc_config, maskgct_config
-from nar_speech.sampling.filters import draw_tokens, top_k_filter, top_p_filter
+from nar_speech.sampling.filters import draw, draw_tokens, draw_top_p, top_k_filter, top_p_filter
 from nar_speech.sampling.guidance import guide, rescale
 from nar_speech.sampling.schedules import make_plan, mask_ratio, unit_counts
 from nar_speech.sampling.selection import dilated_groups, keep_masked, sure_units
@@ -142,6 +143,27 @@ def test_a_draw_is_what_multinomial_draws(options):
         want = torch.multinomial(kept, 1, generator=generator(7))[:, 0]
         assert torch.allclose(scored, kept)
     assert torch.equal(tokens, want)
+
+
+def test_uniform_numbers_follow_the_distribution():
+    probabilities = torch.tensor([0.2, 0.0, 0.5, 0.3, 0.0])
+    numbers = torch.linspace(0, 1, 1001)[:-1]
+    columns = draw(probabilities.expand(1000, 5), numbers)
+    assert columns.bincount(minlength=5).tolist() == pytest.approx([200, 0, 500, 300, 0], abs=1)
+    assert columns.tolist() == sorted(columns.tolist())
+    edge = draw(torch.tensor([[0.3, 0.7, 0.0]]), torch.tensor([1.0]))  # as far as rounding may get
+    assert edge.tolist() == [1]
+
+
+@pytest.mark.parametrize("p", [0.3, 0.9, 1.0])
+def test_sorting_a_part_draws_as_sorting_all_does(p, monkeypatch):
+    logits = torch.randn(60, 40, generator=generator(4)) * torch.linspace(0.1, 6, 60)[:, None]
+    probabilities, numbers = torch.softmax(logits, -1), torch.rand(60, generator=generator(5))
+    whole = draw_top_p(probabilities, numbers, p)
+    monkeypatch.setattr(filters, "NUCLEUS", 8)  # some rows keep more than 8, others fewer
+    assert torch.equal(draw_top_p(probabilities, numbers, p), whole)
+    kept, tokens = top_p_filter(probabilities, p)
+    assert (kept.gather(1, (tokens == whole[:, None]).int().argmax(1, keepdim=True)) > 0).all()
 
 
 def test_without_draws_the_best_token_wins_and_scores_are_whole():

@@ -1,12 +1,13 @@
 """Where the randomness of the masked-sampling loop comes from: a generator per item, or recorded draws.
 
-Every draw is Exp(1): a token is argmax(p / e), Gumbel noise is -log(e). An item draws for its own positions
-only, so what it gets does not depend on its batch mates.
+For tokens a generator gives one uniform number per position, recorded draws are Exp(1) for every token of the
+vocabulary (:func:`nar_speech.sampling.filters.draw`). Gumbel noise is -log(e) with e ~ Exp(1) in both cases.
+An item draws for its own positions only, so what it gets does not depend on its batch mates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -19,10 +20,10 @@ class Draws(Protocol):
     """A source of draws for the positions where ``needed`` (R, T) is True, in the order of ``x[needed]``."""
 
     def tokens(self, items: Sequence[int], needed: Tensor, vocabulary: int) -> Tensor:
-        """(M, V) float32, one row per needed position."""
+        """(M,) uniform numbers or (M, V) draws of Exp(1), float32, one row per needed position."""
 
     def noise(self, items: Sequence[int], needed: Tensor) -> Tensor:
-        """(M,) float32."""
+        """(M,) draws of Exp(1), float32."""
 
 
 class GeneratorDraws:
@@ -33,18 +34,18 @@ class GeneratorDraws:
 
     def tokens(self, items: Sequence[int], needed: Tensor, vocabulary: int) -> Tensor:
         """See :class:`Draws`."""
-        return self._draw(items, needed, (vocabulary,))
+        return self._draw(items, needed, torch.Tensor.uniform_)
 
     def noise(self, items: Sequence[int], needed: Tensor) -> Tensor:
         """See :class:`Draws`."""
-        return self._draw(items, needed, ())
+        return self._draw(items, needed, torch.Tensor.exponential_)
 
-    def _draw(self, items: Sequence[int], needed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _draw(self, items: Sequence[int], needed: Tensor, fill: Callable[..., Tensor]) -> Tensor:
         parts = []
         for item, count in zip(items, needed.sum(1).tolist(), strict=True):
             generator = self.generators[item]
-            part = torch.empty((count, *shape), device=generator.device)
-            parts.append(part.exponential_(generator=generator).to(needed.device))
+            part = torch.empty(count, device=generator.device)
+            parts.append(fill(part, generator=generator).to(needed.device))
         return torch.cat(parts)
 
 

@@ -226,15 +226,16 @@ class _Loop:
         greedy = torch.full_like(info.step, config.greedy, dtype=torch.bool)
         if config.final_greedy and info.steps > 1:
             greedy |= info.step == info.steps - 1
-        exponential = None
+        random = None
         if not bool(greedy.all()):
             drawing = needed & ~greedy[:, None]  # who draws nothing leaves its generator as it is
-            exponential = torch.ones_like(logits)
-            exponential[~greedy[place]] = self._source().tokens(info.items, drawing, logits.shape[1])
+            drawn = self._source().tokens(info.items, drawing, logits.shape[1])
+            random = drawn.new_ones((len(place), *drawn.shape[1:]))
+            random[~greedy[place]] = drawn
         tokens, probabilities = draw_tokens(
             logits,
             info.temperature[place],
-            exponential,
+            random,
             config.top_k,
             config.top_p,
             config.tempered_confidence,

@@ -17,11 +17,16 @@ from nar_speech.version import __version__
 
 if TYPE_CHECKING:
     from nar_speech.hub import load_model
+    from nar_speech.pipelines.generate import SoundGenerator
     from nar_speech.pipelines.transcribe import Transcriber
 
-__all__ = ["Transcriber", "__version__", "load_model"]
+__all__ = ["SoundGenerator", "Transcriber", "__version__", "load_model"]
 
-_LAZY = {"load_model": "nar_speech.hub", "Transcriber": "nar_speech.pipelines.transcribe"}
+_LAZY = {
+    "load_model": "nar_speech.hub",
+    "SoundGenerator": "nar_speech.pipelines.generate",
+    "Transcriber": "nar_speech.pipelines.transcribe",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -35,7 +35,7 @@ from nar_speech.cli_output import (
     progress_bar,
     sink,
 )
-from nar_speech.errors import NarSpeechError
+from nar_speech.errors import ConfigError, NarSpeechError
 from nar_speech.version import __version__
 
 if TYPE_CHECKING:
@@ -108,10 +108,13 @@ def _load(options: argparse.Namespace, **decoding: Any) -> Transcriber:
     """The task object that the options name, its decoding changed by those that were given."""
     import torch
 
-    from nar_speech.hub import load_model
+    from nar_speech.hub import embedded_models, load_model, makes_sound, resolve
 
     if options.threads:
         torch.set_num_threads(options.threads)
+    local = options.model in embedded_models() or os.path.isdir(options.model)
+    if local and makes_sound(resolve(options.model)):
+        raise ConfigError(f"--model {options.model}: makes sound and recognises no speech; see generate")
     decoding.update(decoding_of(options))
     transcriber = load_model(
         options.model, options.device, options.dtype, options.cache_dir, options.offline, **decoding

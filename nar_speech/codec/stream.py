@@ -9,6 +9,7 @@ give comes that much later. :func:`outputs` and :func:`lag` say how much.
 from __future__ import annotations
 
 import abc
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -330,11 +331,8 @@ def lag(op: Op, down: int, up: int = 1, frames: int = 64) -> int:
         Inputs times ``up``: samples for an encoder (``up`` 1) and, of a decoder (``down`` 1), output samples.
     """
     if up == 1:
-        late, inputs = 0, 0
-        for output in range(1, 2 * frames):
-            while op.ready(inputs) < output:
-                inputs += 1
-            if output > frames:  # what the start needs besides is over by then
-                late = max(late, inputs - output * down)
-        return late
+        # After twice the frames what the start needs besides is over, and half of the range is enough.
+        most = range(4 * frames * down)
+        outputs = range(frames, 2 * frames)
+        return max(bisect_left(most, output, key=op.ready) - output * down for output in outputs)
     return max(inputs * up - op.ready(inputs) for inputs in range(frames, 2 * frames))

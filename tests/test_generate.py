@@ -440,3 +440,32 @@ def test_without_the_embedded_model_the_error_says_so(tmp_path, capsys, monkeypa
     assert "name a model with --model" in capsys.readouterr().err
     with pytest.raises(HubError, match="not a model that makes sound"):
         sound_model.load_sound_parts(tmp_path)
+
+
+# --- benchmark
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_of_masked_sampling_writes_its_files(generator, tmp_path, monkeypatch, capsys):
+    from benchmarks import masked_sampling as benchmark
+
+    monkeypatch.setattr(benchmark, "resolve_sound", lambda name: name)
+    monkeypatch.setattr(
+        benchmark, "load_scorer", lambda name: lambda clips, prompts: [c.duration for c in clips]
+    )
+    monkeypatch.setattr(benchmark.SoundGenerator, "from_folder", classmethod(lambda cls, *parts: generator))
+    words = ["tiny", "-o", str(tmp_path / "out"), "--duration", "0.6", "--seeds", "1", "--quick"]
+    assert benchmark.main([*words, "--scorer", "any:thing"]) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    ways = [row["way"] for row in rows]
+    assert len(set(ways)) == len(ways) == 8
+    assert rows[0]["agreement"] == 1.0
+    assert all(row["cross_entropy"] > 0 and row["score"] == pytest.approx(0.6, abs=0.01) for row in rows)
+    calls = {row["way"]: row["calls"] for row in rows}
+    assert calls["dilation"] < calls["schedule"]
+    assert calls["adaptive threshold"] <= calls["schedule"]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"table.md", "curves.png", "steps_schedule.png", "steps_adaptive_factor.png"} <= names
+    assert capsys.readouterr().out.count("\n| ") == 8
+    assert len(benchmark.settings()) > 20
+    assert len({s.name for s in benchmark.settings()}) == len(benchmark.settings())

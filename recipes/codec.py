@@ -44,11 +44,10 @@ class LossSection:
 
 @dataclass(frozen=True)
 class GanSection:
-    """The discriminators, and from which step on they take part.
+    """Sizes of :class:`~nar_speech.layers.discriminator.MultiResolutionDiscriminator`.
 
     Attributes:
-        start: optimizer steps without them.
-        windows, channels, layers: see :class:`~nar_speech.layers.discriminator.MultiResolutionDiscriminator`.
+        start: optimizer steps without it.
     """
 
     start: int = 0
@@ -65,7 +64,8 @@ class Recipe:
         network: fields of :class:`~nar_speech.codec.spectral.SpectralCodecConfig`.
         levels: numbers of codebooks, one of which is drawn for each piece of a batch (quantizer dropout).
         quantize_from: optimizer steps in which the decoder reads the latents as they are.
-        start_seconds: of sound to whose latents the codebooks are fitted then.
+        transform: begin with principal components; not with weights from elsewhere (``init``).
+        start_seconds: of sound to which components and codebooks are fitted.
         validate_levels: numbers of codebooks that validation measures.
     """
 
@@ -76,6 +76,7 @@ class Recipe:
     levels: list[int]
     validate_levels: list[int]
     quantize_from: int = 0
+    transform: bool = True
     start_seconds: float = 400.0
     losses: LossSection = LossSection()
     gan: GanSection = GanSection()
@@ -109,6 +110,8 @@ def recipe(config: Recipe, world: World) -> None:
 
     def loss_step(model, batch, generator, step):
         waves = batch.waves
+        if step == 0 and config.transform:
+            model.codec.start_transform(data.sample(config.start_seconds).to(waves))
         if step == config.quantize_from > 0:
             model.codec.start_codebooks(data.sample(config.start_seconds).to(waves))
         pick = torch.randint(len(choices), (len(waves),), generator=generator, device=waves.device)

@@ -14,13 +14,10 @@ from nar_speech.losses.spectral import mel_distance, wave_distance
 from nar_speech.types import Codes, ModelCard
 
 SMALL = {
-    "fine_width": 12,
+    "hop": 80,
     "width": 16,
-    "decoder_fine_width": 12,
-    "encoder_fine": 1,
     "encoder_blocks": 2,
-    "decoder_blocks": 1,
-    "decoder_fine": 2,
+    "decoder_blocks": 3,
     "num_codebooks": 3,
     "codebook_size": 32,
     "code_width": 8,
@@ -28,10 +25,9 @@ SMALL = {
 KINDS = {
     "default": {},
     "no look-ahead": {"lookahead": 0},
-    "far look-ahead": {"lookahead": 3, "window": 320},
-    "three spectra a frame": {"stride": 3, "hop": 80, "window": 320},
+    "far look-ahead": {"lookahead": 3, "hop": 64},
     "fsq": {"quantizer": "fsq", "steps": [4, 3]},
-    "no blocks": dict.fromkeys(("encoder_fine", "encoder_blocks", "decoder_blocks", "decoder_fine"), 0),
+    "no blocks": {"encoder_blocks": 0, "decoder_blocks": 0},
 }
 
 
@@ -100,6 +96,34 @@ def test_rows_do_not_depend_on_their_mates(kind, lengths, levels):
         assert not sound[row, :, length:].any()
 
 
+@pytest.mark.parametrize("hop", [2, 64, 320])
+@pytest.mark.parametrize("frames", [1, 2, 7])
+def test_transform_and_back_is_the_signal(hop, frames):
+    codec = SpectralCodec(
+        SpectralCodecConfig(hop=hop, width=8, code_width=4, encoder_blocks=0, decoder_blocks=0)
+    )
+    waves = noise(2, frames * hop)[:, 0]
+    silence = torch.zeros(2, hop)
+    joined = codec._overlap_add(codec._frames(codec._analyse(waves)), silence, silence)
+    again = torch.cat([joined[0], joined[1] / joined[2]], 1)[:, hop // 2 : hop // 2 + frames * hop]
+    torch.testing.assert_close(again, waves, atol=2e-5, rtol=1e-4)
+
+
+def test_starts_as_a_transform_codec():
+    torch.manual_seed(0)
+    config = SpectralCodecConfig(hop=64, width=32, code_width=16, encoder_blocks=1, decoder_blocks=1)
+    codec = SpectralCodec(config).eval()
+    time = torch.arange(6400) / 16000
+    waves = torch.stack([0.3 * torch.sin(2 * torch.pi * f * time) for f in (180.0, 310.0, 770.0, 1200.0)])
+    before = wave_distance(codec(waves, quantize=False)[0], waves).item()
+    codec.start_transform(waves)
+    after = wave_distance(codec(waves, quantize=False)[0], waves).item()
+    assert before > 0.9
+    assert after < 0.35
+    codec.start_codebooks(waves)
+    assert wave_distance(codec(waves)[0], waves).item() < after + 0.1
+
+
 def test_a_stream_is_late_by_its_delay():
     codec = CODECS["default"]
     waves = noise(1, 40 * codec.hop)
@@ -159,7 +183,7 @@ def test_folder_of_something_else(tmp_path):
     codec = make_codec()
     write_codec_folder(tmp_path, codec, ModelCard("toy", "codec", "spectral"))
     text = (tmp_path / "model.yaml").read_text()
-    (tmp_path / "model.yaml").write_text(text.replace("width: 16", "width: 24"))
+    (tmp_path / "model.yaml").write_text(text.replace("\n  width: 16", "\n  width: 24"))
     with pytest.raises(CheckpointError, match="don't fit"):
         read_codec_folder(tmp_path)
     (tmp_path / "model.yaml").write_text(text.replace("task: codec", "task: generate"))
@@ -181,7 +205,8 @@ def test_wrong_input_is_refused():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"window": 700}, {"lookahead": -1}, {"quantizer": "fsq"}, {"steps": [3]}, {"width": 0}]
+    "wrong",
+    [{"hop": 81}, {"lookahead": -1}, {"quantizer": "fsq"}, {"steps": [3]}, {"width": 0}, {"code_width": 999}],
 )
 def test_wrong_sizes_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong)) if "quantizer" not in wrong else "steps"):

@@ -149,6 +149,14 @@ class ResidualVectorQuantizer(nn.Module):
             return Quantized(self.project_out(straight), torch.stack(tokens, 1), torch.stack(losses).mean())
 
     @torch.no_grad()
+    def start_projections(self, rows: Tensor) -> None:
+        """Let the codes begin with the linear map ``rows`` (code width, D), and its transpose back."""
+        for layer, weight in ((self.project_in, rows), (self.project_out, rows.T)):
+            if isinstance(layer, nn.Linear):
+                layer.weight.copy_(weight)
+                nn.init.zeros_(layer.bias)
+
+    @torch.no_grad()
     def start(self, x: Tensor) -> None:
         """Begin with codebooks that fit latents (M, D), many times as many as there are entries.
 

@@ -1,15 +1,15 @@
-"""Our own codec: short-time spectra in, codes, short-time spectra out; small, and quick on a CPU.
+"""Our own codec: a cosine transform, two stacks of blocks with codes between them; small, and quick on a CPU.
 
-The encoder reads complex spectra with compressed magnitudes, and the decoder predicts such spectra. Both are
-stacks of ConvNeXt blocks as in Vocos (Siuzdak 2023, section 3), whose head gives magnitude and phase. Nothing
-but the transforms runs at the rate of samples. All layers but the first of the decoder look back only, so it
-streams with a delay of ``SpectralCodec.delay`` samples.
+Encoder and decoder read and write coefficients of the modified discrete cosine transform (Princen & Bradley
+1987), as those of MDCTCodec do (Jiang et al. 2024): nothing but the transforms runs at the rate of samples. The
+path from end to end beside the blocks' branches is linear. :meth:`SpectralCodec.start_transform` makes it a
+transform codec before training, and the blocks learn the rest. All layers but the first of the decoder look
+back only, so it streams with a delay of ``SpectralCodec.delay`` samples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,8 +23,7 @@ from nar_speech.errors import ConfigError
 from nar_speech.layers.convnext import CausalConvNeXtBlock
 from nar_speech.types import Codes
 
-COMPRESSION = 0.5  # power of the magnitudes that the encoder reads and the decoder writes
-LOUDEST = 1e3  # largest magnitude of a bin; a sine of full scale has a quarter of the window in its bin
+KNEE = 0.05  # compressed coefficients above it follow the square root, below it they are nearly linear
 
 
 @dataclass(frozen=True)
@@ -33,30 +32,21 @@ class SpectralCodecConfig:
 
     Attributes:
         sample_rate: Hz.
-        window, hop: samples of a spectrum and from one to the next; the window is a multiple of 2 x hop.
-        stride: spectra in a code frame.
-        fine_width, width: channels at the rate of spectra and at the rate of code frames.
-        expansion: width of the pointwise layers in these.
-        encoder_fine, encoder_blocks, decoder_blocks, decoder_fine: ConvNeXt blocks along the signal's path.
-        decoder_fine_width: channels of the last ones.
-        lookahead: code frames after the current one that the decoder sees.
+        hop: samples of a frame, and coefficients of it; windows are twice as long. Even.
+        width, expansion: channels of the blocks, and how many times more they have inside.
+        encoder_blocks, decoder_blocks: ConvNeXt blocks.
+        lookahead: frames after the current one that the decoder sees.
         quantizer: residual codebooks ("rvq") or rounded values ("fsq").
         num_codebooks, codebook_size, code_width: of the codebooks.
         steps: of each group of an FSQ.
     """
 
     sample_rate: int = 16000
-    window: int = 640
-    hop: int = 160
-    stride: int = 2
-    fine_width: int = 192
+    hop: int = 320
     width: int = 256
     expansion: int = 3
-    encoder_fine: int = 3
-    encoder_blocks: int = 4
-    decoder_blocks: int = 6
-    decoder_fine: int = 4
-    decoder_fine_width: int = 256
+    encoder_blocks: int = 5
+    decoder_blocks: int = 9
     lookahead: int = 1
     quantizer: Literal["rvq", "fsq"] = "rvq"
     num_codebooks: int = 12
@@ -67,29 +57,29 @@ class SpectralCodecConfig:
     def __post_init__(self) -> None:
         for name in (
             "sample_rate",
-            "window",
             "hop",
-            "stride",
-            "fine_width",
             "width",
             "expansion",
             "num_codebooks",
+            "codebook_size",
+            "code_width",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"network.{name}: must be at least 1, got {getattr(self, name)}")
-        if self.window % (2 * self.hop) or self.window < 2 * self.hop:
-            raise ConfigError(
-                f"network.window: must be a multiple of 2 x hop, got {self.window} and {self.hop}"
-            )
-        if not 0 <= self.lookahead <= 50:
-            raise ConfigError(f"network.lookahead: 0 to 50 code frames, got {self.lookahead}")
+        for name in ("encoder_blocks", "decoder_blocks", "lookahead"):
+            if not 0 <= getattr(self, name) <= 100:
+                raise ConfigError(f"network.{name}: must be 0 to 100, got {getattr(self, name)}")
+        if self.hop % 2:
+            raise ConfigError(f"network.hop: must be even, got {self.hop}")
+        if self.code_width > self.width:
+            raise ConfigError(f"network.code_width: at most network.width, got {self.code_width}")
         if (self.quantizer == "fsq") != (self.steps is not None):
             raise ConfigError("network.steps: belongs to network.quantizer=fsq, and only to it")
 
 
 @dataclass(frozen=True)
 class SpectralEncoderState:
-    """Samples (B, P) that no spectrum has passed yet, and the last frames of every block."""
+    """Samples (B, P) that no window has passed yet, and the last frames of every block."""
 
     pending: Tensor
     blocks: tuple[Tensor, ...]
@@ -100,9 +90,9 @@ class SpectralEncoderState:
 class SpectralDecoderState:
     """What the decoder keeps of the past.
 
-    Latents (B, P, D) that its first layer still needs, the last frames of every block, the samples that later
-    spectra will add to with the sum of squared windows there (B, window - hop), and how many samples to come
-    lie before the signal.
+    Latents (B, P, D) that its first layer still needs, the last frames of every block, the samples that the
+    next window will add to with the sum of squared windows there (B, hop), and how many samples to come lie
+    before the signal.
     """
 
     pending: Tensor
@@ -121,27 +111,20 @@ class SpectralCodec(Codec):
     def __init__(self, config: SpectralCodecConfig):
         super().__init__()
         self.config = c = config
-        self.sample_rate, self.hop = c.sample_rate, c.hop * c.stride
-        self.edge = (c.window - c.hop) // 2  # samples of the first and last windows outside the signal
-        self.frame_rate = c.sample_rate / self.hop
-        self.delay = 2 * self.edge + c.lookahead * self.hop
-        bins = c.window // 2 + 1
-        window = torch.hann_window(c.window)
-        self.register_buffer("window", window, persistent=False)
+        self.sample_rate, self.hop = c.sample_rate, c.hop
+        self.frame_rate = c.sample_rate / c.hop
+        self.edge = c.hop // 2  # samples of the first and last windows outside the signal
+        self.delay = 2 * self.edge + c.lookahead * c.hop
+        self.register_buffer(
+            "window", torch.sin(math.pi * (torch.arange(2 * c.hop) + 0.5) / (2 * c.hop)), False
+        )
+        self.register_buffer("basis", cosine_basis(c.hop), persistent=False)
 
-        def blocks(count: int, width: int) -> nn.ModuleList:
-            depth = max(1, c.encoder_fine + c.encoder_blocks + c.decoder_blocks + c.decoder_fine)
-            scale = 1 / math.sqrt(depth)
-            return nn.ModuleList(
-                CausalConvNeXtBlock(width, width * c.expansion, scale=scale) for _ in range(count)
-            )
+        def blocks(count: int) -> nn.ModuleList:
+            return nn.ModuleList(CausalConvNeXtBlock(c.width, c.width * c.expansion) for _ in range(count))
 
-        self.spectrum_in = nn.Linear(2 * bins, c.fine_width)
-        self.norm_in = nn.LayerNorm(c.fine_width, eps=1e-6)
-        self.encoder_fine = blocks(c.encoder_fine, c.fine_width)
-        self.down = nn.Linear(c.stride * c.fine_width, c.width)
-        self.encoder_blocks = blocks(c.encoder_blocks, c.width)
-        self.norm_latent = nn.LayerNorm(c.width, eps=1e-6)
+        self.spectrum_in = nn.Linear(c.hop, c.width)
+        self.encoder_blocks = blocks(c.encoder_blocks)
         if c.quantizer == "rvq":
             self.quantizer = ResidualVectorQuantizer(c.width, c.num_codebooks, c.codebook_size, c.code_width)
         else:
@@ -149,12 +132,40 @@ class SpectralCodec(Codec):
         self.num_codebooks, self.codebook_size = c.num_codebooks, self.quantizer.codebook_size
         self.past = 2  # frames before the current one in the decoder's first layer
         self.embed = nn.Conv1d(c.width, c.width, self.past + 1 + c.lookahead)
-        self.norm_embed = nn.LayerNorm(c.width, eps=1e-6)
-        self.decoder_blocks = blocks(c.decoder_blocks, c.width)
-        self.up = nn.Linear(c.width, c.stride * c.decoder_fine_width)
-        self.decoder_fine = blocks(c.decoder_fine, c.decoder_fine_width)
-        self.norm_out = nn.LayerNorm(c.decoder_fine_width, eps=1e-6)
-        self.spectrum_out = nn.Linear(c.decoder_fine_width, 2 * bins)
+        self.decoder_blocks = blocks(c.decoder_blocks)
+        self.spectrum_out = nn.Linear(c.width, c.hop)
+
+    # ---- beginning of a training ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start_transform(self, waves: Tensor) -> None:
+        """Make the linear path a transform codec: the ``code_width`` principal components of coefficients.
+
+        Without it the waveform gets through only after a long training. Only for codebooks.
+
+        Args:
+            waves: (B, N), N a multiple of ``hop``; some minutes of sound.
+        """
+        size = self.config.code_width
+        coefficients = self._analyse(waves).flatten(0, 1)
+        _, vectors = torch.linalg.eigh(coefficients.T @ coefficients)
+        components = vectors[:, -size:]  # (hop, size)
+        unit = torch.eye(self.config.width, device=waves.device)
+        for layer in (self.spectrum_in, self.embed, self.spectrum_out):
+            nn.init.zeros_(layer.bias)
+        self.spectrum_in.weight[:size] = components.T
+        self.quantizer.start_projections(unit[:size])
+        nn.init.normal_(self.embed.weight, std=1e-3)
+        self.embed.weight[:, :, self.past] += unit
+        nn.init.zeros_(self.spectrum_out.weight)
+        self.spectrum_out.weight[:, :size] = components
+
+    @torch.no_grad()
+    def start_codebooks(self, waves: Tensor) -> None:
+        """Let codebooks begin with what fits waves (B, N), N a multiple of ``hop``: some minutes of sound."""
+        if self.config.quantizer == "rvq":
+            latents = [self._latents(part) for part in waves.split(16)]
+            self.quantizer.start(torch.cat(latents).flatten(0, 1))
 
     # ---- whole signals ----------------------------------------------------------------------------------
 
@@ -167,16 +178,9 @@ class SpectralCodec(Codec):
             levels: (B,) codebooks each item may use, or None for all.
             quantize: False passes the latents on as they are, for the beginning of a training.
         """
-        latents = self._analyse(waves)
+        latents = self._latents(waves)
         quantized = self.quantizer(latents, levels) if quantize else self.quantizer.skip(latents)
         return self._synthesise(quantized.latents), quantized
-
-    @torch.no_grad()
-    def start_codebooks(self, waves: Tensor) -> None:
-        """Let codebooks begin with what fits waves (B, N), N a multiple of ``hop``: some minutes of sound."""
-        if self.config.quantizer == "rvq":
-            latents = [self._analyse(part) for part in waves.split(16)]
-            self.quantizer.start(torch.cat(latents).flatten(0, 1))
 
     @torch.no_grad()
     def encode(self, waves: Tensor, lengths: Tensor | None = None, num_codebooks: int | None = None) -> Codes:
@@ -186,7 +190,7 @@ class SpectralCodec(Codec):
         waves = F.pad(waves, (0, -waves.shape[1] % self.hop))
         frames = torch.div(lengths + self.hop - 1, self.hop, rounding_mode="floor")
         if waves.shape[1]:
-            tokens = self.quantizer.encode(self._analyse(waves), num_codebooks)
+            tokens = self.quantizer.encode(self._latents(waves), num_codebooks)
         else:
             tokens = lengths.new_zeros(len(waves), num_codebooks, 0)
         tokens = tokens * _present(frames, tokens.shape[2])[:, None]
@@ -217,7 +221,7 @@ class SpectralCodec(Codec):
 
     def init_encoder(self, batch: int, num_codebooks: int | None = None) -> SpectralEncoderState:
         """State of ``batch`` streams that go in lockstep."""
-        blocks = [block.init_state(batch, self.window.device) for block in self._encoder_blocks()]
+        blocks = [block.init_state(batch, self.window.device) for block in self.encoder_blocks]
         return SpectralEncoderState(self.window.new_zeros(batch, self.edge), tuple(blocks), num_codebooks)
 
     @torch.no_grad()
@@ -229,21 +233,20 @@ class SpectralCodec(Codec):
         if final:
             rest = pending.shape[1] - self.edge
             pending = F.pad(pending, (0, -rest % self.hop + self.edge))
-        spectra = (pending.shape[1] - self.config.window) // self.config.hop + 1
-        frames = max(0, spectra // self.config.stride)
+        frames = max(0, pending.shape[1] // self.hop - 1)
         levels = state.num_codebooks or self.num_codebooks
         if not frames:
             tokens = torch.zeros(len(waves), levels, 0, dtype=torch.int64, device=waves.device)
             return tokens, replace(state, pending=pending)
-        used = (frames * self.config.stride - 1) * self.config.hop + self.config.window
-        latents, blocks = self._encode_spectra(self._spectra(pending[:, :used]), state.blocks)
+        spectra = self._transform(pending[:, : (frames + 1) * self.hop])
+        latents, blocks = self._encode_spectra(spectra, state.blocks)
         tokens = self.quantizer.encode(latents, levels)
         return tokens, replace(state, pending=pending[:, frames * self.hop :], blocks=blocks)
 
     def init_decoder(self, batch: int) -> SpectralDecoderState:
         """State of ``batch`` streams that go in lockstep."""
-        blocks = tuple(block.init_state(batch, self.window.device) for block in self._decoder_blocks())
-        tail = self.window.new_zeros(batch, self.config.window - self.config.hop)
+        blocks = tuple(block.init_state(batch, self.window.device) for block in self.decoder_blocks)
+        tail = self.window.new_zeros(batch, self.hop)
         pending = self.window.new_zeros(batch, self.past, self.config.width)
         return SpectralDecoderState(pending, blocks, tail, tail.clone(), self.edge)
 
@@ -272,114 +275,101 @@ class SpectralCodec(Codec):
 
     # ---- parts ------------------------------------------------------------------------------------------
 
-    def _encoder_blocks(self) -> Sequence[CausalConvNeXtBlock]:
-        return [*self.encoder_fine, *self.encoder_blocks]
-
-    def _decoder_blocks(self) -> Sequence[CausalConvNeXtBlock]:
-        return [*self.decoder_blocks, *self.decoder_fine]
-
     def _analyse(self, waves: Tensor) -> Tensor:
-        """Latents (B, T, D) before quantization of waves (B, N), N a multiple of the hop."""
-        return self._encode_spectra(self._spectra(F.pad(waves, (self.edge, self.edge))), None)[0]
+        """Compressed coefficients (B, T, hop) of waves (B, N), N a multiple of the hop."""
+        return self._transform(F.pad(waves, (self.edge, self.edge)))
 
-    def _spectra(self, waves: Tensor) -> Tensor:
-        """Compressed real and imaginary parts (B, S, 2 * bins) of every whole window of ``waves`` (B, N)."""
+    def _latents(self, waves: Tensor) -> Tensor:
+        """Latents (B, T, D) before quantization of waves (B, N), N a multiple of the hop."""
+        return self._encode_spectra(self._analyse(waves), None)[0]
+
+    def _transform(self, waves: Tensor) -> Tensor:
+        """Compressed coefficients (B, T, hop) of every whole window of ``waves`` (B, (T + 1) * hop)."""
         with torch.autocast(waves.device.type, enabled=False):
-            frames = waves.float().unfold(1, self.config.window, self.config.hop) * self.window
-            spectrum = torch.fft.rfft(frames)
-            magnitude = spectrum.abs().clamp_min(1e-4)
-            spectrum = spectrum * magnitude.pow(COMPRESSION - 1)
-            return torch.cat([spectrum.real, spectrum.imag], -1)
+            frames = waves.float().unfold(1, 2 * self.hop, self.hop) * self.window
+            coefficients = frames @ self.basis
+            # The inverse of what _frames does: y (|y| + KNEE) = x.
+            return coefficients * 2 / (KNEE + (KNEE**2 + 4 * coefficients.abs()).sqrt())
 
     def _encode_spectra(
-        self, spectra: Tensor, states: Sequence[Tensor] | None
+        self, spectra: Tensor, states: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x, after = self.norm_in(self.spectrum_in(spectra)), []
-        for number, block in enumerate(self._encoder_blocks()):
-            if number == len(self.encoder_fine):
-                x = self._downsample(x)
-            x, state = block(x, states[number] if states else None)
-            after.append(state)
-        if not self.encoder_blocks:
-            x = self._downsample(x)
-        return self.norm_latent(x), tuple(after)
-
-    def _downsample(self, x: Tensor) -> Tensor:
-        return self.down(x.unflatten(1, (-1, self.config.stride)).flatten(2))
+        return _through(self.encoder_blocks, self.spectrum_in(spectra), states)
 
     def _synthesise(self, latents: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Waves (B, T * hop) of latents (B, T, D), of which ``lengths`` (B,) count."""
         present = None
         if lengths is not None:
-            present = _present(lengths, latents.shape[1])
-            latents = latents * present[:, :, None]
-            present = present.repeat_interleave(self.config.stride, 1)[:, :, None]
+            present = _present(lengths, latents.shape[1])[:, :, None]
+            latents = latents * present
         spectra, _ = self._decode_latents(F.pad(latents, (0, 0, self.past, self.config.lookahead)), None)
-        tail = latents.new_zeros(len(latents), self.config.window - self.config.hop)
+        tail = latents.new_zeros(len(latents), self.hop)
         waves, overlap, envelope = self._overlap_add(self._frames(spectra), tail, tail, present)
         waves = torch.cat([waves, overlap / envelope.clamp_min(1e-11)], 1)
         return waves[:, self.edge : self.edge + latents.shape[1] * self.hop]
 
     def _decode_latents(
-        self, latents: Tensor, states: Sequence[Tensor] | None
+        self, latents: Tensor, states: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Output (B, S, 2 * bins) of the head for latents and those that the first layer needs besides."""
-        x, after = self.norm_embed(self.embed(latents.transpose(1, 2)).transpose(1, 2)), []
-        for number, block in enumerate(self._decoder_blocks()):
-            if number == len(self.decoder_blocks):
-                x = self._upsample(x)
-            x, state = block(x, states[number] if states else None)
-            after.append(state)
-        if not self.decoder_fine:
-            x = self._upsample(x)
-        return self.spectrum_out(self.norm_out(x)), tuple(after)
+        """Compressed coefficients (B, T, hop) of latents, with those that the first layer needs besides."""
+        x, after = _through(self.decoder_blocks, self.embed(latents.transpose(1, 2)).transpose(1, 2), states)
+        return self.spectrum_out(x), after
 
-    def _upsample(self, x: Tensor) -> Tensor:
-        return self.up(x).unflatten(2, (self.config.stride, -1)).flatten(1, 2)
-
-    def _frames(self, head: Tensor) -> Tensor:
-        """Windowed samples (B, S, window) of the head's output."""
-        with torch.autocast(head.device.type, enabled=False):
-            real, imaginary = head.float().chunk(2, -1)
-            power = (real.square() + imaginary.square()).clamp(1e-12, LOUDEST ** (2 * COMPRESSION))
-            gain = power.pow((1 / COMPRESSION - 1) / 2)
-            spectrum = torch.complex(real * gain, imaginary * gain)
-            return torch.fft.irfft(spectrum, self.config.window) * self.window
+    def _frames(self, spectra: Tensor) -> Tensor:
+        """Windowed samples (B, T, 2 * hop) of compressed coefficients (B, T, hop)."""
+        with torch.autocast(spectra.device.type, enabled=False):
+            spectra = spectra.float()
+            return (spectra * (spectra.abs() + KNEE)) @ self.basis.T * self.window
 
     def _overlap_add(
         self, frames: Tensor, overlap: Tensor, envelope: Tensor, present: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Frames (B, S, window) added up, after what earlier ones left over.
+        """Frames (B, T, 2 * hop) added up, after what earlier ones left over.
+
+        Outside the signal there is silence, so the halves of the first and last windows that have no partner
+        hold no aliases: dividing by the sum of squared windows makes them whole.
 
         Args:
-            overlap, envelope: (B, window - hop), what an earlier call gave for them.
-            present: (B, S, 1), which frames there are; None: all.
+            overlap, envelope: (B, hop), what an earlier call gave for them.
+            present: (B, T, 1), which frames there are; None: all.
 
         Returns:
-            (B, S * hop) finished samples, and what later frames add to: (B, window - hop) samples, not yet
-            divided by the sum of squared windows, and that sum.
+            (B, T * hop) finished samples, and what the next frame adds to: (B, hop) samples, not yet divided
+            by the sum of squared windows, and that sum.
         """
-        hop, size = self.config.hop, overlap.shape[1]
         squares = self.window.square().expand_as(frames)
         if present is not None:
             frames, squares = frames * present, squares * present
-        total, weight = _fold(frames, hop), _fold(squares, hop)
-        total = torch.cat([total[:, :size] + overlap, total[:, size:]], 1)
-        weight = torch.cat([weight[:, :size] + envelope, weight[:, size:]], 1)
-        end = frames.shape[1] * hop
-        return total[:, :end] / weight[:, :end].clamp_min(1e-11), total[:, end:], weight[:, end:]
+        total, after = _add_halves(frames, overlap)
+        weight, rest = _add_halves(squares, envelope)
+        return total / weight.clamp_min(1e-11), after, rest
+
+
+def cosine_basis(hop: int) -> Tensor:
+    """(2 * hop, hop) cosines of the transform; with a sine window its frames add up to the signal again."""
+    time = torch.arange(2 * hop, dtype=torch.float64) + 0.5 + hop / 2
+    phase = math.pi / hop * time[:, None] * (torch.arange(hop, dtype=torch.float64) + 0.5)
+    return (math.sqrt(2 / hop) * phase.cos()).float()
+
+
+def _through(
+    blocks: nn.ModuleList, x: Tensor, states: tuple[Tensor, ...] | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Frames (B, T, D) through all blocks, and the states after them."""
+    after = []
+    for number, block in enumerate(blocks):
+        x, state = block(x, states[number] if states else None)
+        after.append(state)
+    return x, tuple(after)
+
+
+def _add_halves(frames: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T * hop) sums of frames (B, T, 2 * hop) laid half over each other, and the last half (B, hop)."""
+    first, second = frames.chunk(2, -1)
+    before = torch.cat([overlap[:, None], second[:, :-1]], 1)
+    return (first + before).flatten(1), second[:, -1]
 
 
 def _present(lengths: Tensor, size: int) -> Tensor:
     """(B, size) booleans: whether a position lies before the end of its row."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
-
-
-def _fold(frames: Tensor, hop: int) -> Tensor:
-    """Sum (B, (S - 1) * hop + W) of frames (B, S, W) laid ``hop`` apart; W is a multiple of ``hop``."""
-    batch, count, width = frames.shape
-    parts = frames.unflatten(2, (width // hop, hop))
-    total = frames.new_zeros(batch, count + width // hop - 1, hop)
-    for shift in range(width // hop):
-        total[:, shift : shift + count] += parts[:, :, shift]
-    return total.flatten(1)

@@ -83,24 +83,16 @@ class Recipe:
     init: InitSection = field(default_factory=InitSection)
 
 
-class CodecWithDiscriminators(nn.Module):
-    """What is trained: one optimizer moves both, each by its own part of the loss."""
-
-    def __init__(self, codec: SpectralCodec, discriminator: MultiResolutionDiscriminator):
-        super().__init__()
-        self.codec, self.discriminator = codec, discriminator
-
-
 def recipe(config: Recipe, world: World) -> None:
     """Model, data, loss, training, model folder: in this order."""
     network = configs.from_dict(SpectralCodecConfig, config.network, "network")
-    used, all_of_them = [config.levels, config.validate_levels], network.num_codebooks
-    if not all(used) or max(map(max, used)) > all_of_them or min(map(min, used)) < 1:
-        raise ConfigError(f"levels, validate_levels: the network has {all_of_them} codebooks; name 1 to all")
+    for levels in (config.levels, config.validate_levels):
+        if not levels or not 1 <= min(levels) <= max(levels) <= network.num_codebooks:
+            raise ConfigError(f"levels, validate_levels: name some of 1 to {network.num_codebooks} codebooks")
     torch.manual_seed(config.train.seed)
-    parts = MultiResolutionDiscriminator(config.gan.windows, config.gan.channels, config.gan.layers)
-    model = CodecWithDiscriminators(SpectralCodec(network), parts)
-    codec = model.codec
+    codec = SpectralCodec(network)
+    judges = MultiResolutionDiscriminator(config.gan.windows, config.gan.channels, config.gan.layers)
+    model = nn.ModuleDict({"codec": codec, "discriminator": judges})  # one optimizer moves both
     say(world, f"codec: {count_parameters(codec) / 1e6:.2f} M values, {codec.frame_rate:g} frames a second")
     say(world, load_initial(model, config.init))
     seed, rate = config.train.seed, config.data.sample_rate
@@ -111,17 +103,17 @@ def recipe(config: Recipe, world: World) -> None:
     def loss_step(model, batch, generator, step):
         waves = batch.waves
         if step == 0 and config.transform:
-            model.codec.start_transform(data.sample(config.start_seconds).to(waves))
+            codec.start_transform(data.sample(config.start_seconds).to(waves))
         if step == config.quantize_from > 0:
-            model.codec.start_codebooks(data.sample(config.start_seconds).to(waves))
+            codec.start_codebooks(data.sample(config.start_seconds).to(waves))
         pick = torch.randint(len(choices), (len(waves),), generator=generator, device=waves.device)
-        decoded, quantized = model.codec(waves, choices[pick], step >= config.quantize_from)
+        decoded, quantized = codec(waves, choices[pick], step >= config.quantize_from)
         mel, wave = mel_distance(decoded, waves, rate), wave_distance(decoded, waves)
         factors = config.losses
         loss = factors.mel * mel + factors.wave * wave + factors.commitment * quantized.commitment
         terms = {"loss_mel": mel, "loss_wave": wave, "loss_commit": quantized.commitment}
         if step >= config.gan.start:
-            own, fooled, features = adversarial_losses(model.discriminator, decoded, waves)
+            own, fooled, features = adversarial_losses(judges, decoded, waves)
             loss = loss + own + factors.adversarial * fooled + factors.features * features
             terms |= {"loss_discriminator": own, "loss_adversarial": fooled, "loss_features": features}
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
@@ -131,7 +123,7 @@ def recipe(config: Recipe, world: World) -> None:
         for batch in dev:
             batch = batch.to(world.device)
             for n, levels in enumerate(config.validate_levels):
-                decoded, _ = model.codec(batch.waves, choices.new_full((len(batch.waves),), levels))
+                decoded, _ = codec(batch.waves, choices.new_full((len(batch.waves),), levels))
                 distances = mel_distance(decoded, batch.waves, rate), wave_distance(decoded, batch.waves)
                 sums[2 * n : 2 * n + 2] += torch.stack(distances).double().cpu() * len(batch.waves)
             sums[-1] += len(batch.waves)

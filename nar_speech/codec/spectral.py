@@ -1,8 +1,8 @@
 """Our own codec: a cosine transform, two stacks of blocks with codes between them; small, and quick on a CPU.
 
 Encoder and decoder read and write coefficients of the modified discrete cosine transform (Princen & Bradley
-1987), as those of MDCTCodec do (Jiang et al. 2024): nothing but the transforms runs at the rate of samples. The
-path from end to end beside the blocks' branches is linear. :meth:`SpectralCodec.start_transform` makes it a
+1987), as in MDCTCodec (Jiang et al. 2024): nothing but the transforms runs at the rate of samples. The path
+from end to end beside the blocks' branches is linear. :meth:`SpectralCodec.start_transform` makes it a
 transform codec before training, and the blocks learn the rest. All layers but the first of the decoder look
 back only, so it streams with a delay of ``SpectralCodec.delay`` samples.
 """

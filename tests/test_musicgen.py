@@ -142,7 +142,8 @@ def reference(states, mask, length, config, draws, prompt):
             probabilities = (logits[0, k] / config.temperature).softmax(-1)
             threshold = probabilities.topk(config.top_k).values[-1]
             probabilities = probabilities * (probabilities >= threshold)
-            codes[0, k, place - 1 - lags[k]] = int((probabilities / noise[row]).argmax())
+            running = probabilities.cumsum(0)
+            codes[0, k, place - 1 - lags[k]] = int((running <= noise[row] * running[-1]).sum())
     return codes
 
 

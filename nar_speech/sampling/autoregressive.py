@@ -134,9 +134,9 @@ def _draw(
     if null is not None:
         logits = null + (logits - null) * config.guidance
     rows = logits[wanted].float()
-    exponential = None
+    random = None
     if config.sample:
-        exponential = draws.tokens(range(len(wanted)), wanted, logits.shape[-1])
+        random = draws.tokens(range(len(wanted)), wanted, logits.shape[-1])
     temperature = torch.full((len(rows),), config.temperature, device=rows.device)
-    tokens, _ = draw_tokens(rows, temperature, exponential, config.top_k, config.top_p)
+    tokens, _ = draw_tokens(rows, temperature, random, config.top_k, config.top_p)
     return torch.zeros(wanted.shape, dtype=torch.int64, device=rows.device).masked_scatter_(wanted, tokens)

@@ -60,15 +60,10 @@ MIMI = {
 }
 SPECTRAL = {
     "sample_rate": 2000,
-    "window": 32,
-    "hop": 8,
-    "fine_width": 8,
+    "hop": 16,
     "width": 8,
-    "encoder_fine": 1,
     "encoder_blocks": 1,
     "decoder_blocks": 1,
-    "decoder_fine": 1,
-    "decoder_fine_width": 8,
     "num_codebooks": 3,
     "codebook_size": 16,
     "code_width": 4,

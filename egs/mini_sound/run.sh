@@ -6,7 +6,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$here/../.." && pwd)
 
 stage=0
-stop_stage=1
+stop_stage=5
 work="$here/work"
 python=${PYTHON:-python3}
 shared_data=""
@@ -16,16 +16,22 @@ jobs=2
 hours_music=3
 hours_effects=2
 sound_font=/usr/share/sounds/sf2/FluidR3_GM.sf2
+codec_minutes=110
+model_minutes=150
+processes=2
+embed=false
 seed=1
+extra=()
 
 usage() {
   cat <<END
-Usage: bash egs/mini_sound/run.sh [options]
+Usage: bash egs/mini_sound/run.sh [options] [-- key=value ...]
 
-Makes the data of the small 16 kHz codec and the small text-to-sound MAGNeT.
+Trains the small 16 kHz codec and the small text-to-sound MAGNeT, and scores both.
 A stage that is finished is skipped; remove its marker in WORK/done to run it again.
 
   0 recordings: ESC-10, samples of Sonic Pi, speech   1 effects, music, manifests, classifier
+  2 codec   3 codes of all clips, MAGNeT   4 scores   5 RESULTS.md, embedding
 
   --stage N          first stage (default $stage)
   --stop-stage N     last stage (default $stop_stage)
@@ -39,7 +45,12 @@ A stage that is finished is skipped; remove its marker in WORK/done to run it ag
   --hours-music H    hours of rendered music for training (default $hours_music)
   --hours-effects H  hours of synthesised effects for training (default $hours_effects)
   --sound-font FILE  General MIDI sound font (default $sound_font, MIT licence)
+  --codec-minutes M  wall time of the codec's training (default $codec_minutes)
+  --model-minutes M  of MAGNeT's (default $model_minutes)
+  --processes N      training processes of one thread each (default $processes)
+  --embed            stage 5 copies both to nar_speech/assets
   --seed N           of music, effects and training (default $seed)
+  -- key=value ...   passed to recipes/magnet.py in stage 3
 END
 }
 
@@ -52,8 +63,10 @@ while [ $# -gt 0 ]; do
   option=$1
   case $option in
     -h | --help) usage && exit 0 ;;
+    --embed) embed=true && shift && continue ;;
+    --) shift && extra=("$@") && break ;;
     --stage | --stop-stage | --work | --python | --shared-data | --github | --speech | --jobs | --hours-music | \
-      --hours-effects | --sound-font | --seed) ;;
+      --hours-effects | --sound-font | --codec-minutes | --model-minutes | --processes | --seed) ;;
     *) fail "unknown option $option; --help lists them" ;;
   esac
   [ $# -ge 2 ] || fail "$option needs a value"
@@ -61,10 +74,10 @@ while [ $# -gt 0 ]; do
   printf -v "${key//-/_}" '%s' "$2"
   shift 2
 done
-for number in stage stop_stage jobs seed; do
+for number in stage stop_stage jobs processes seed; do
   [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number//_/-} must be a whole number, got '${!number}'"
 done
-for number in hours_music hours_effects; do
+for number in hours_music hours_effects codec_minutes model_minutes; do
   [[ ${!number} =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--${number//_/-} must be a number, got '${!number}'"
 done
 if [ -n "$shared_data" ] && [ ! -d "$shared_data" ]; then fail "--shared-data: no folder $shared_data"; fi
@@ -109,6 +122,45 @@ classifier() {
     2>&1 | tee -a "$work/log/classifier.log"
 }
 
+# recipe NAME CONFIG key=value ...: training, in as many processes as wanted.
+recipe() {
+  local launcher=("$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m)
+  if [ "$processes" = 1 ]; then launcher=("$python" -m); fi
+  "${launcher[@]}" "recipes.$1" "$repo/$2" train.threads=1 train.seed="$seed" "${@:3}"
+}
+codec() {
+  local cuts="$work/cuts/codec"
+  recipe codec configs/codec/mini.yaml train.output_dir="$work/exp/codec" train.max_minutes="$codec_minutes" \
+    data.train="[${cuts}_train_speech.jsonl.gz,${cuts}_train_real.jsonl.gz,${cuts}_train_effects.jsonl.gz,${cuts}_train_music.jsonl.gz]" \
+    data.weights="[4,1.5,1.3,2]" data.dev="[${cuts}_dev.jsonl.gz]" data.batch_size=$((8 / processes)) \
+    train.find_unused_parameters=$([ "$processes" = 1 ] && echo false || echo true)
+  py export_codec --model "$work/exp/codec/model" --out "$work/codec"
+}
+codes() {
+  local part
+  for part in train dev; do
+    "$python" -m recipes.prepare_sound "$work/cuts/sound_$part.jsonl.gz" -o "$work/codes/$part" \
+      --codec "$work/codec" --codebooks 4 --conditioner sentence
+  done
+}
+magnet() {
+  recipe magnet configs/magnet/mini.yaml train.output_dir="$work/exp/magnet" train.max_minutes="$model_minutes" \
+    data.train="[$work/codes/train]" data.dev="[$work/codes/dev]" codec="$work/codec" "${extra[@]}"
+}
+codec_scores() { py score_codec --work "$work" --codec "$work/codec" --out "$work/scores/codec.json"; }
+sounds() {
+  local cuts="$work/cuts"
+  py make_sounds generate --model "$work/exp/magnet/model" --out "$work/made/generated" --seed "$seed"
+  py make_sounds code --codec "$work/codec" --out "$work/made/coded" "$cuts"/eval_{esc10,effects,music}.jsonl.gz
+  py classifier score "$work/classifier.safetensors" "$work/made/generated" "$work/made/coded" \
+    --json "$work/scores/sounds.json"
+}
+results() {
+  local words=(--work "$work" --out "$here/RESULTS.md")
+  if $embed; then words+=(--assets "$repo/nar_speech/assets"); fi
+  py results "${words[@]}"
+}
+
 if [ "$stage" -le 1 ]; then bash "$here/prepare.sh"; fi
 part 0 real_sounds real_sounds
 if [ -z "$speech" ]; then part 0 recordings recordings; fi
@@ -116,3 +168,9 @@ part 1 effects effects
 part 1 music music
 part 1 manifests manifests
 part 1 classifier classifier
+part 2 codec codec
+part 3 codes codes
+part 3 magnet magnet
+part 4 codec_scores codec_scores
+part 4 sounds sounds
+part 5 results results

@@ -53,15 +53,10 @@ def tiny_codec() -> SpectralCodec:
     torch.manual_seed(3)
     config = SpectralCodecConfig(
         sample_rate=RATE,
-        window=320,
-        hop=160,
-        fine_width=8,
+        hop=HOP,
         width=8,
-        encoder_fine=1,
         encoder_blocks=1,
         decoder_blocks=1,
-        decoder_fine=1,
-        decoder_fine_width=8,
         num_codebooks=CODEBOOKS,
         codebook_size=CODES,
         code_width=4,

@@ -108,6 +108,7 @@ def _draw_stage(axis: Any, trace: ItemTrace, stage: int, duration: float, first:
         loc="left",
         pad=2,
     )
+    axis.yaxis.get_major_locator().set_params(integer=True)
     if first:
         axis.set_ylabel("step")
 

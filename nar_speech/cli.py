@@ -257,24 +257,24 @@ def _describe_models(parser: argparse.ArgumentParser) -> None:
 
 def models(options: argparse.Namespace) -> int:
     """List, describe, convert and check models."""
-    from nar_speech import hub
+    from nar_speech import hub, inspection
 
     if options.action == "list":
         for name in hub.embedded_models():
             card = hub.read_card(name)
             mark = "*" if name == hub.DEFAULT_MODEL else " "
-            print(f"{mark} {name}\t{','.join(card.languages)}\t{card.description}")
+            print(f"{mark} {name}\t{','.join(card.languages) or card.task}\t{card.description}")
         for name, repository in hub.ALIASES.items():
             print(f"  {name}\t\thub: {repository}")
         return OK
     place = (options.cache_dir, options.offline)
     if options.action == "info":
-        print(json.dumps(hub.model_info(options.source, *place), ensure_ascii=False, indent=2))
+        print(json.dumps(inspection.model_info(options.source, *place), ensure_ascii=False, indent=2))
         return OK
     if options.action == "import":
         print(hub.import_model(options.source, options.target, *place))
         return OK
-    checks = hub.verify(options.source, *place)
+    checks = inspection.verify(options.source, *place)
     for check in checks:
         print(f"{'PASS' if check.passed else 'FAIL'} {check.name}: {check.detail}")
     return OK if all(check.passed for check in checks) else FAILED

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nar_speech import config as configs
-from nar_speech.errors import ConfigError, HubError, NarSpeechError
+from nar_speech.errors import ConfigError, HubError
 from nar_speech.types import ModelCard
 
 if TYPE_CHECKING:
@@ -65,15 +65,6 @@ class LoadedModel:
     layout: Layout
     verifier: VerifierConfig | None = None
     stream: StreamConfig | None = None
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of :func:`verify`."""
-
-    name: str
-    passed: bool
-    detail: str
 
 
 def embedded_models() -> list[str]:
@@ -254,79 +245,6 @@ def import_model(
         return target
     except OSError as error:
         raise HubError(f"{target}: can't write ({error.strerror or error}); check path and space") from error
-
-
-def model_info(name: str | Path, cache_dir: str | Path | None = None, offline: bool | None = None) -> dict:
-    """Card, sizes and folder of a model; loads it, so that what is said is true."""
-    folder = resolve(name, cache_dir, offline)
-    model = load_parts(folder)
-    network = model.network
-    return {
-        "folder": str(folder),
-        "layout": model.layout,
-        "card": configs.to_dict(model.card),
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "vocabulary": model.tokenizer.vocab_size,
-        "frontend": configs.to_dict(model.frontend.config),
-        "decoding": configs.to_dict(model.decoding),
-        "stream": None if model.stream is None else configs.to_dict(model.stream),
-    }
-
-
-def verify(name: str | Path, cache_dir: str | Path | None = None, offline: bool | None = None) -> list[Check]:
-    """Check a model: layout, checksums, configuration, tensor names and shapes, finite values, a test run.
-
-    Stops at the first check that fails; it is the last of the list.
-    """
-    from nar_speech.model_folder import check_sums, read_model_file
-
-    checks: list[Check] = []
-    state: dict[str, Any] = {}
-
-    def folder_check() -> str:
-        state["folder"] = resolve(name, cache_dir, offline)
-        state["layout"] = detect(state["folder"])
-        return f"{state['folder']} ({state['layout']})"
-
-    def sums_check() -> str:
-        if state["layout"] != "nar_speech":
-            return "none recorded (official folder)"
-        sums = read_model_file(state["folder"]).sha256
-        check_sums(state["folder"], sums)
-        return f"{len(sums)} files" if sums else "none recorded"
-
-    def weights_check() -> str:  # load_strict refuses wrong names, shapes and values that are not finite
-        state["model"] = model = load_parts(state["folder"])
-        tensors = model.network.state_dict().values()
-        return f"{len(tensors)} tensors, {sum(t.numel() for t in tensors)} values, all finite"
-
-    def run_check() -> str:
-        return _run_noise(state["model"])
-
-    steps: tuple[tuple[str, Callable[[], str]], ...] = (
-        ("folder", folder_check),
-        ("sha256", sums_check),
-        ("weights", weights_check),
-        ("run", run_check),
-    )
-    for step, check in steps:
-        try:
-            checks.append(Check(step, True, check()))
-        except NarSpeechError as error:
-            checks.append(Check(step, False, str(error)))
-            break
-    return checks
-
-
-def _run_noise(model: LoadedModel) -> str:
-    """Recognise a second of noise; a result that is NaN is an error."""
-    import numpy as np
-
-    from nar_speech.pipelines.transcribe import Transcriber
-
-    noise = np.random.default_rng(0).normal(0.0, 0.1, model.card.sample_rate).astype(np.float32)
-    result = Transcriber.from_parts(model, device="cpu")((noise, model.card.sample_rate))
-    return f"1 s of noise -> {len(result.words)} words"
 
 
 def _load_own(folder: Path) -> LoadedModel:

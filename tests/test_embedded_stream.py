@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from nar_speech import cli, hub
+from nar_speech import cli, hub, inspection
 from nar_speech.engine.asr_files import StreamTranscriber
 from nar_speech.metrics import word_error_rate
 from nar_speech.text.normalize import normalize_english
@@ -30,7 +30,7 @@ def test_it_is_small_and_known_by_its_name(capsys):
     assert sum(path.stat().st_size for path in folder.iterdir()) <= LARGEST
     assert cli.main(["models", "list"]) == 0
     assert hub.TWIN in capsys.readouterr().out
-    assert all(check.passed for check in hub.verify(hub.TWIN))
+    assert all(check.passed for check in inspection.verify(hub.TWIN))
 
 
 def test_text_of_the_stream_alone():

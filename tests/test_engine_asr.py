@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nar_speech import config as configs
-from nar_speech import hub
+from nar_speech import hub, inspection
 from nar_speech.audio import read_audio
 from nar_speech.engine import (
     Closed,
@@ -283,7 +283,7 @@ def test_chunks_come_from_model_yaml(parts, tmp_path):
     assert chunks(folder, chunk_size=6) == (6, 12)
     assert chunks(folder, chunk_size=6, left=24) == (6, 24)
     assert chunks(hub.import_model(folder, tmp_path / "copy")) == (4, 12)
-    assert hub.model_info(folder)["stream"] == {"chunk_size": 4, "left": 12}
+    assert inspection.model_info(folder)["stream"] == {"chunk_size": 4, "left": 12}
     whole = read_model_file(folder)
     configs.write_yaml(replace(whole, stream=StreamConfig(4, -1)), folder / "model.yaml")
     assert chunks(folder) == (4, 16)  # all of the past: room for four chunks

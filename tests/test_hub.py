@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file, save_file
 
 import nar_speech
-from nar_speech import hub
+from nar_speech import hub, inspection
 from nar_speech.config import read_yaml, write_yaml
 from nar_speech.errors import CheckpointError, ConfigError, HubError, NarSpeechError
 from nar_speech.model_folder import DecodingConfig, read_model_file
@@ -70,7 +70,7 @@ def test_an_imported_model_gives_the_same_text(tmp_path, layout):
     before, after = (nar_speech.load_model(f, device="cpu")((noise(2), 16000)) for f in (official, ours))
     assert before.segments == after.segments
     assert hub.load_parts(ours).network.config == hub.load_parts(official).network.config
-    assert all(check.passed for check in hub.verify(ours))
+    assert all(check.passed for check in inspection.verify(ours))
 
 
 def test_import_keeps_away_from_files(tmp_path):
@@ -200,20 +200,20 @@ def test_weights_that_do_not_fit(tmp_path):
 
 def test_verify(tmp_path):
     folder = paraformer_folder(tmp_path / "m")
-    checks = hub.verify(folder)
+    checks = inspection.verify(folder)
     assert [c.name for c in checks] == ["folder", "sha256", "weights", "run"]
     assert all(c.passed for c in checks)
     (folder / "tokens.json").write_text((folder / "tokens.json").read_text() + " ")
-    checks = hub.verify(folder)
+    checks = inspection.verify(folder)
     assert [c.passed for c in checks] == [True, False]
     assert "tokens.json: SHA-256 differs" in checks[1].detail
     (folder / "tokens.json").unlink()
-    assert "tokens.json: is missing" in hub.verify(folder)[1].detail
-    assert not hub.verify("no such name")[0].passed
+    assert "tokens.json: is missing" in inspection.verify(folder)[1].detail
+    assert not inspection.verify("no such name")[0].passed
 
 
 def test_model_info(tmp_path):
-    info = hub.model_info(ctc_folder(tmp_path / "m"))
+    info = inspection.model_info(ctc_folder(tmp_path / "m"))
     assert info["vocabulary"] == 31
     assert info["parameters"] > 1000
     json.dumps(info)

@@ -49,6 +49,7 @@ ENGINE_GLUE = {"asr.py", "asr_hearing.py", "asr_offline.py", "asr_files.py", "vc
 TOP = {
     "server",
     "batch",
+    "inspection",
     "cli",
     "cli_options",
     "cli_codec",

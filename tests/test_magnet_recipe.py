@@ -58,10 +58,15 @@ def folders(tmp_path_factory):
     base = tmp_path_factory.mktemp("sound")
     torch.manual_seed(0)
     small = SpectralCodecConfig(
-        window=320, hop=160, fine_width=8, width=8, expansion=1, encoder_fine=1, encoder_blocks=1,
-        decoder_blocks=1, decoder_fine=1, decoder_fine_width=8, num_codebooks=3, codebook_size=16,
+        hop=320,
+        width=8,
+        expansion=1,
+        encoder_blocks=1,
+        decoder_blocks=1,
+        num_codebooks=3,
+        codebook_size=16,
         code_width=4,
-    )  # fmt: skip
+    )
     card = ModelCard("tiny_codec", "codec", "spectral")
     codec = SpectralCodec(small).eval()
     for name, tensor in codec.state_dict().items():

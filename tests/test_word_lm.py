@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nar_speech
-from nar_speech import cli, hub
+from nar_speech import cli, hub, inspection
 from nar_speech.checkpoint import save_safetensors
 from nar_speech.errors import ConfigError
 from nar_speech.model_folder import DecodingConfig, change_model_decoding, check_sums, read_model_file
@@ -288,7 +288,7 @@ def test_model_folder_holds_its_language_model(files, tmp_path):
     assert own == nar_speech.load_model(ctc_folder(tmp_path / "d"), device="cpu", **decoding)(wave).text
     copy = hub.import_model(folder, tmp_path / "copy")
     assert nar_speech.load_model(copy, device="cpu")(wave).text == own
-    assert all(check.passed for check in hub.verify(copy))
+    assert all(check.passed for check in inspection.verify(copy))
     changed = change_model_decoding(copy, lm=str(files["arpa"]), beam=7)
     assert (changed.decoding.lm, changed.decoding.beam, changed.decoding.lm_weight) == ("lm.arpa", 7, 1.5)
     assert not (copy / "lm.safetensors").exists()

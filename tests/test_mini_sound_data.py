@@ -473,7 +473,16 @@ def test_the_classifier_learns_and_scores(local, tmp_path, capsys):
     options = Namespace(
         manifest=[tmp_path / "sounds" / "train.jsonl"], output=model, dev=[], steps=30, batch=8
     )
-    options = Namespace(**vars(options), most=80, real=1.0, mixup=False, report=10, seed=1, threads=1, dtype="float32")
+    more = {
+        "most": 80,
+        "real": 1.0,
+        "mixup": False,
+        "report": 10,
+        "seed": 1,
+        "threads": 1,
+        "dtype": "float32",
+    }
+    options = Namespace(**vars(options), **more)
     local.classifier.train(options)
     network, known = local.classifier.load(model)
     assert known == ["dial tone", "laser"] or known == ["laser", "dial tone"]

@@ -24,6 +24,9 @@ from nar_speech.layers.convnext import CausalConvNeXtBlock
 from nar_speech.types import Codes
 
 KNEE = 0.05  # compressed coefficients above it follow the square root, below it they are nearly linear
+LEVELLING = 0.5  # power of a frame's level that its coefficients are divided by: quiet frames get codes too
+LOUDEST = 5.0  # a decoded level is not above it; a square wave of full scale has 0
+QUIET = 1e-4  # added to levels; digital silence has this one
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class SpectralCodec(Codec):
         def blocks(count: int) -> nn.ModuleList:
             return nn.ModuleList(CausalConvNeXtBlock(c.width, c.width * c.expansion) for _ in range(count))
 
-        self.spectrum_in = nn.Linear(c.hop, c.width)
+        self.spectrum_in = nn.Linear(c.hop + 1, c.width)
         self.encoder_blocks = blocks(c.encoder_blocks)
         if c.quantizer == "rvq":
             self.quantizer = ResidualVectorQuantizer(c.width, c.num_codebooks, c.codebook_size, c.code_width)
@@ -133,23 +136,25 @@ class SpectralCodec(Codec):
         self.past = 2  # frames before the current one in the decoder's first layer
         self.embed = nn.Conv1d(c.width, c.width, self.past + 1 + c.lookahead)
         self.decoder_blocks = blocks(c.decoder_blocks)
-        self.spectrum_out = nn.Linear(c.width, c.hop)
+        self.spectrum_out = nn.Linear(c.width, c.hop + 1)
 
     # ---- beginning of a training ------------------------------------------------------------------------
 
     @torch.no_grad()
     def start_transform(self, waves: Tensor) -> None:
-        """Make the linear path a transform codec: the ``code_width`` principal components of coefficients.
+        """Make the linear path a transform codec: the level and principal components, ``code_width`` in all.
 
-        Without it the waveform gets through only after a long training. Only for codebooks.
+        Without it the waveform gets through only after a long training.
 
         Args:
             waves: (B, N), N a multiple of ``hop``; some minutes of sound.
         """
         size = self.config.code_width
-        coefficients = self._analyse(waves).flatten(0, 1)
+        coefficients = self._analyse(waves).flatten(0, 1)[:, 1:]
         _, vectors = torch.linalg.eigh(coefficients.T @ coefficients)
-        components = vectors[:, -size:]  # (hop, size)
+        components = torch.zeros(self.hop + 1, size, device=waves.device)
+        components[0, 0] = 1.0
+        components[1:, 1:] = vectors[:, 1 - size :] if size > 1 else vectors[:, :0]
         unit = torch.eye(self.config.width, device=waves.device)
         for layer in (self.spectrum_in, self.embed, self.spectrum_out):
             nn.init.zeros_(layer.bias)
@@ -276,7 +281,7 @@ class SpectralCodec(Codec):
     # ---- parts ------------------------------------------------------------------------------------------
 
     def _analyse(self, waves: Tensor) -> Tensor:
-        """Compressed coefficients (B, T, hop) of waves (B, N), N a multiple of the hop."""
+        """Levels and coefficients (B, T, 1 + hop) of waves (B, N), N a multiple of the hop."""
         return self._transform(F.pad(waves, (self.edge, self.edge)))
 
     def _latents(self, waves: Tensor) -> Tensor:
@@ -284,12 +289,18 @@ class SpectralCodec(Codec):
         return self._encode_spectra(self._analyse(waves), None)[0]
 
     def _transform(self, waves: Tensor) -> Tensor:
-        """Compressed coefficients (B, T, hop) of every whole window of ``waves`` (B, (T + 1) * hop)."""
+        """Level and coefficients (B, T, 1 + hop) of every whole window of ``waves`` (B, (T + 1) * hop).
+
+        The level is a logarithm; coefficients are divided by a power of it and compressed.
+        """
         with torch.autocast(waves.device.type, enabled=False):
             frames = waves.float().unfold(1, 2 * self.hop, self.hop) * self.window
             coefficients = frames @ self.basis
+            level = (coefficients.square().mean(-1, keepdim=True).sqrt() + QUIET).log()
+            coefficients = coefficients / (LEVELLING * level).exp()
             # The inverse of what _frames does: y (|y| + KNEE) = x.
-            return coefficients * 2 / (KNEE + (KNEE**2 + 4 * coefficients.abs()).sqrt())
+            compressed = coefficients * 2 / (KNEE + (KNEE**2 + 4 * coefficients.abs()).sqrt())
+            return torch.cat([level, compressed], -1)
 
     def _encode_spectra(
         self, spectra: Tensor, states: tuple[Tensor, ...] | None
@@ -311,15 +322,18 @@ class SpectralCodec(Codec):
     def _decode_latents(
         self, latents: Tensor, states: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Compressed coefficients (B, T, hop) of latents, with those that the first layer needs besides."""
+        """Levels and coefficients (B, T, 1 + hop) of latents and those that the first layer needs besides."""
         x, after = _through(self.decoder_blocks, self.embed(latents.transpose(1, 2)).transpose(1, 2), states)
         return self.spectrum_out(x), after
 
     def _frames(self, spectra: Tensor) -> Tensor:
-        """Windowed samples (B, T, 2 * hop) of compressed coefficients (B, T, hop)."""
+        """Windowed samples (B, T, 2 * hop) of levels and coefficients (B, T, 1 + hop)."""
         with torch.autocast(spectra.device.type, enabled=False):
-            spectra = spectra.float()
-            return (spectra * (spectra.abs() + KNEE)) @ self.basis.T * self.window
+            level, compressed = spectra.float().split([1, self.hop], -1)
+            coefficients = (
+                compressed * (compressed.abs() + KNEE) * (LEVELLING * level.clamp(max=LOUDEST)).exp()
+            )
+            return coefficients @ self.basis.T * self.window
 
     def _overlap_add(
         self, frames: Tensor, overlap: Tensor, envelope: Tensor, present: Tensor | None = None

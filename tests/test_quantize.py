@@ -55,6 +55,14 @@ def test_gradients_pass_straight_through_and_commitment_pulls():
     assert quantizer(x.detach() - 0.5 * x.grad).commitment < before.commitment
 
 
+def test_commitment_does_not_depend_on_the_scale():
+    quantizer, x = trained(), torch.randn(2, 4, 6)
+    before = quantizer(x).commitment
+    for level in quantizer.levels:
+        level.embed.mul_(3)
+    torch.testing.assert_close(quantizer(3 * x).commitment, before, atol=0.0, rtol=1e-4)
+
+
 def test_levels_not_in_use_learn_nothing():
     quantizer = trained().train()
     before = quantizer.levels[2].embed.clone()

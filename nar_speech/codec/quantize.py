@@ -24,7 +24,8 @@ class Quantized:
         latents: (B, T, D) float32, the code vectors of the levels in use added up; in training gradients pass
             straight through.
         tokens: (B, K, T) int64; levels an item does not use hold what they would have been.
-        commitment: scalar, mean squared distance of a level's input from its code vector, over levels in use.
+        commitment: scalar, mean squared distance of a level's input from its code vector, over levels in use,
+            relative to the mean square of the latents: growing latents make it no smaller.
     """
 
     latents: Tensor
@@ -146,7 +147,8 @@ class ResidualVectorQuantizer(nn.Module):
             if self.training:
                 self._learn(seen)
             straight = x + (result - x).detach() if self.training else result
-            return Quantized(self.project_out(straight), torch.stack(tokens, 1), torch.stack(losses).mean())
+            commitment = torch.stack(losses).mean() / x.detach().square().mean().clamp_min(1e-12)
+            return Quantized(self.project_out(straight), torch.stack(tokens, 1), commitment)
 
     @torch.no_grad()
     def start_projections(self, rows: Tensor) -> None:

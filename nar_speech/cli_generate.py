@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nar_speech.cli_options import model_options, positive
+from nar_speech.cli_options import model_options, number, positive
 from nar_speech.cli_output import FAILED, OK, PROGRESS_DELAY, SOME_FAILED, complain, keep_inputs
 from nar_speech.errors import ConfigError, InputError, NarSpeechError
 
@@ -31,7 +31,7 @@ def describe_generate(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--prompts", dest="file", metavar="FILE", help="a prompt a line; -: standard input")
     work.add_argument("--count", type=positive(int), default=1, metavar="N", help="clips of every prompt")
     work.add_argument(
-        "--duration", type=_number, metavar="S", help="seconds of a clip (default: a segment of the model)"
+        "--duration", type=number, metavar="S", help="seconds of a clip (default: a segment of the model)"
     )
     work.add_argument(
         "--seed", type=_whole, default=0, metavar="N", help="of the first clip; the next take N+1 ... (0)"
@@ -64,8 +64,8 @@ def describe_generate(parser: argparse.ArgumentParser) -> None:
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (default: as the model's own model.yaml says)")
     group.add_argument("--steps", type=_steps, metavar="N,N...", help="calls of the network per codebook")
-    group.add_argument("--temperature", type=_number, metavar="X", help="at the beginning")
-    group.add_argument("--top-p", type=_number, metavar="P", help="draw among the most probable codes")
+    group.add_argument("--temperature", type=number, metavar="X", help="at the beginning")
+    group.add_argument("--top-p", type=number, metavar="P", help="draw among the most probable codes")
     group.add_argument("--top-k", type=_whole, metavar="K", help="draw among the K most probable codes")
     group.add_argument(
         "--cfg", type=_guidance, metavar="MAX[:MIN]", help="classifier-free guidance, from and to"
@@ -79,12 +79,12 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
     quick.add_argument(
         "--adaptive", type=_adaptive, metavar="RULE:X", help=f"end earlier where sure: {', '.join(ADAPTIVE)}"
     )
-    quick.add_argument("--explore", type=_number, metavar="SHARE", help="unmask uncertain spans early")
+    quick.add_argument("--explore", type=number, metavar="SHARE", help="unmask uncertain spans early")
     quick.add_argument("--reuse", type=_whole, metavar="N", help="keep keys and values for N steps")
     second = parser.add_argument_group("with an autoregressive partner")
     second.add_argument("--partner", metavar="NAME", help="name, folder or hub id of a MusicGen")
-    second.add_argument("--rescore", type=_number, metavar="W", help="weight of its probabilities (0.7)")
-    second.add_argument("--hybrid", type=_number, metavar="S", help="let it make the first seconds")
+    second.add_argument("--rescore", type=number, metavar="W", help="weight of its probabilities (0.7)")
+    second.add_argument("--hybrid", type=number, metavar="S", help="let it make the first seconds")
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -290,16 +290,6 @@ def _progress(done: int, total: int) -> Iterator[Any]:
         yield report
 
 
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"got '{text}'; must be a number")
-    return value
-
-
 def _whole(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or len(text) > 18:
         raise argparse.ArgumentTypeError(f"got '{text}'; must be a whole number from 0")
@@ -317,7 +307,7 @@ def _guidance(text: str) -> tuple[float, ...]:
     parts = text.split(":")
     if len(parts) > 2:
         raise argparse.ArgumentTypeError(f"got '{text}'; must be a number, or two such as 10:1")
-    return tuple(_number(part) for part in parts)
+    return tuple(number(part) for part in parts)
 
 
 def _adaptive(text: str) -> tuple[str, float]:
@@ -326,8 +316,8 @@ def _adaptive(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(
             f"got '{text}'; must be one of {', '.join(ADAPTIVE)} and a number, such as threshold:0.9"
         )
-    return rule, _number(level)
+    return rule, number(level)
 
 
 def _loudness(text: str) -> float:
-    return -math.inf if text == "none" else _number(text)
+    return -math.inf if text == "none" else number(text)

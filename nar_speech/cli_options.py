@@ -18,7 +18,8 @@ MAX_THREADS, MAX_STREAMS = 1024, 256
 MAX_CHUNK, MAX_LEFT = 1024, 8192  # frames of an encoder: each stream holds so many
 
 
-def _number(text: str) -> float:
+def number(text: str) -> float:
+    """A parser of finite numbers."""
     try:
         value = float(text)
     except ValueError:
@@ -88,8 +89,8 @@ def decoding_options(parser: argparse.ArgumentParser) -> None:
     lm = group.add_mutually_exclusive_group()
     lm.add_argument("--lm", metavar="FILE", help="n-gram model for ctc_beam: compact or ARPA")
     lm.add_argument("--no-lm", action="store_true", help="ctc_beam without the model's own language model")
-    group.add_argument("--lm-weight", type=_number, metavar="X", help="weight of the language model")
-    group.add_argument("--word-bonus", type=_number, metavar="X", help="added per word with a language model")
+    group.add_argument("--lm-weight", type=number, metavar="X", help="weight of the language model")
+    group.add_argument("--word-bonus", type=number, metavar="X", help="added per word with a language model")
     group.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -97,7 +98,7 @@ def decoding_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-passes", type=positive(int), metavar="N", help="of the verifier; fewer: faster")
     group.add_argument("--hotwords", metavar="FILE|WORDS", help="a file with one a line, or a,b,c")
-    group.add_argument("--hotword-score", type=_number, metavar="X", help="bonus per token in ctc_beam")
+    group.add_argument("--hotword-score", type=number, metavar="X", help="bonus per token in ctc_beam")
     group.add_argument("--language", help="language of the speech, where the model can be told")
     group.add_argument("--textnorm", choices=("withitn", "woitn"), help="SenseVoice: written or spoken form")
     group.add_argument(

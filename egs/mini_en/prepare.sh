@@ -16,35 +16,13 @@ while [ $# -gt 0 ]; do
 done
 mkdir -p "$work"
 
-# package, and a file or program that shows that it is there
-wanted=(
-  "git git" "ffmpeg ffmpeg" "flite flite" "espeak-ng espeak-ng"
-  "asterisk-core-sounds-en /usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
-  "asterisk-core-sounds-en-g722 /usr/share/asterisk/sounds/en_US_f_Allison/activated.g722"
+source "$here/../common/debian.sh"
+# The paths are listed in dpkg's exclusions on slim images; the sounds' texts live under /usr/share/doc.
+need -o Dpkg::Options::=--path-include='/usr/share/doc/asterisk*' -- \
+  "git git" "ffmpeg ffmpeg" "flite flite" "espeak-ng espeak-ng" \
+  "asterisk-core-sounds-en /usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz" \
+  "asterisk-core-sounds-en-g722 /usr/share/asterisk/sounds/en_US_f_Allison/activated.g722" \
   "pocketsphinx-testdata /usr/share/pocketsphinx/test/data/goforward.raw"
-)
-missing=()
-for entry in "${wanted[@]}"; do
-  read -r package sign <<<"$entry"
-  if ! command -v "$sign" >/dev/null && [ ! -e "$sign" ]; then missing+=("$package"); fi
-done
-if [ ${#missing[@]} -gt 0 ]; then
-  if ! command -v apt-get >/dev/null; then
-    echo "prepare.sh: there is no apt-get here; install by hand: ${missing[*]}" >&2
-    echo "            (the sound packages are Debian's: unpack them to the same paths under /usr/share)" >&2
-    exit 1
-  fi
-  admin=()
-  if [ "$(id -u)" != 0 ]; then
-    command -v sudo >/dev/null || { echo "prepare.sh: need root to apt-get install ${missing[*]}" >&2 && exit 1; }
-    admin=(sudo)
-  fi
-  echo "=== Debian packages: ${missing[*]}"
-  "${admin[@]}" apt-get update -qq
-  # The paths are listed in dpkg's exclusions on slim images; the sounds' texts live under /usr/share/doc.
-  "${admin[@]}" apt-get install -y -q --no-install-recommends -o Dpkg::Options::=--path-include='/usr/share/doc/asterisk*' \
-    "${missing[@]}"
-fi
 
 # The voices live in an environment of their own: piper-tts is GPL and only a tool here.
 if [ ! -e "$work/tools/ready" ]; then

@@ -114,18 +114,7 @@ shared=()
 if [ -n "$shared_data" ]; then shared=(--shared-data "$(cd "$shared_data" && pwd)"); fi
 export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
 
-# part NUMBER NAME FUNCTION: run FUNCTION unless it is outside the wanted stages or its marker exists.
-part() {
-  if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ]; then return 0; fi
-  local marker="$work/done/$1-$2"
-  if [ -e "$marker" ]; then
-    echo "=== stage $1, $2: done before (remove $marker to repeat)"
-    return 0
-  fi
-  echo "=== stage $1, $2 ($(date '+%H:%M:%S'))"
-  "$3"
-  touch "$marker"
-}
+source "$repo/egs/common/stages.sh"
 
 py() { "$python" "$here/local/$1.py" "${@:2}"; }
 

@@ -70,13 +70,22 @@ def plot_recognition(transcriber: Transcriber, source: AudioSource, path: str | 
         upper.set_title(_plain(transcript.text[:160]), fontsize=9, pad=18)
         lower.set_xlabel("seconds")
         lower.set_xlim(0, audio.duration)
-        try:
-            figure.savefig(path, dpi=100)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"{path}: can't write the picture: {reason}; use a .png file in a folder that exists"
-            ) from error
+        save_picture(figure, path)
+
+
+def save_picture(figure: Any, path: Any) -> None:
+    """Write a matplotlib figure.
+
+    Raises:
+        InputError: the suffix is of no picture, or the file can't be written.
+    """
+    try:
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path}: can't write the picture: {reason}; use a .png file in a folder that exists"
+        ) from error
 
 
 def _fonts(text: str) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nar_speech.errors import InputError
+from nar_speech.pipelines.plot import save_picture
 
 PLOT_SECONDS = 20.0
 RANGE = 90.0  # dB below the loudest bin that are shown
@@ -48,10 +48,7 @@ def plot_codec(
         axis.set_ylabel(f"{name}\nfrequency (kHz)")
     axes[1].set_xlabel("time (s)")
     figure.colorbar(image, ax=axes, label="dB")
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: can't write the picture ({error}); use a suffix such as .png") from error
+    save_picture(figure, path)
 
 
 def _decibels(signal: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nar_speech.errors import InputError
+from nar_speech.pipelines.plot import save_picture
 from nar_speech.sampling.trace import ItemTrace
 
 MASKED, GIVEN, AGAIN = (0.16, 0.17, 0.2), (0.78, 0.83, 0.9), (0.85, 0.15, 0.15)
@@ -81,13 +81,7 @@ def plot_steps(
             figure.colorbar(image, ax=axes[-1, column], label="share of steps")
     if title:
         figure.suptitle(title[:160].replace("$", r"\$"), fontsize=9)
-    try:
-        figure.savefig(path, dpi=100)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{path}: can't write the picture: {reason}; use a .png file in a folder that exists"
-        ) from error
+    save_picture(figure, path)
 
 
 def _draw_stage(axis: Any, trace: ItemTrace, stage: int, duration: float, first: bool) -> None:

@@ -116,6 +116,19 @@ SETS = {
 }
 
 
+def evaluation_set(name: str, args: argparse.Namespace) -> list[dict]:
+    """Write one of SETS to work/eval; returns its rows."""
+    folder, rows = args.work / "eval", []
+    for clip, words, samples in SETS[name](args):
+        path = folder / name / f"{clip}.flac"
+        duration = round(write_flac(path, samples), 3)
+        rows.append(
+            {"path": f"{name}/{path.name}", "text": words, "source": name, "name": clip, "duration": duration}
+        )
+    write_jsonl(folder / f"{name}.jsonl", rows)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
@@ -124,26 +137,12 @@ def main() -> None:
         "--github", default="https://github.com", help="server, or a folder of owner+name/repo mirrors"
     )
     args = parser.parse_args()
-    folder = args.work / "eval"
-    for name, clips in SETS.items():
-        rows = []
+    for name in SETS:
         try:
-            for clip, words, samples in clips(args):
-                path = folder / name / f"{clip}.flac"
-                duration = round(write_flac(path, samples), 3)
-                rows.append(
-                    {
-                        "path": f"{name}/{path.name}",
-                        "text": words,
-                        "source": name,
-                        "name": clip,
-                        "duration": duration,
-                    }
-                )
+            rows = evaluation_set(name, args)
         except FileNotFoundError as error:
             notice(f"evaluation set {name} SKIPPED: {error}")
             continue
-        write_jsonl(folder / f"{name}.jsonl", rows)
         words = sum(len(row["text"].split()) for row in rows)
         print(
             f"{name:18s} {len(rows):5d} clips {hours(rows) * 3600 / 60:6.1f} min {words:6d} words, {RATE} Hz"

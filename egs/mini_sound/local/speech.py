@@ -9,29 +9,10 @@ has been run, make_cuts.py can read its work folder (--speech) and this isn't ne
 import argparse
 from pathlib import Path
 
-from base import fail, hours, notice, write_flac, write_jsonl
+from base import fail, hours, notice
 from make_cuts import SPEECH, SPEECH_EVAL
-from prepare_eval import SETS
+from prepare_eval import evaluation_set
 from prepare_real import prepare_source
-
-
-def evaluation(name: str, args: argparse.Namespace) -> list[dict]:
-    """Write one evaluation set; returns its rows."""
-    rows = []
-    for clip, words, samples in SETS[name](args):
-        path = args.work / "eval" / name / f"{clip}.flac"
-        duration = round(write_flac(path, samples), 3)
-        rows.append(
-            {
-                "path": f"{name}/{path.name}",
-                "text": words,
-                "source": name,
-                "name": clip,
-                "duration": duration,
-            }
-        )
-    write_jsonl(args.work / "eval" / f"{name}.jsonl", rows)
-    return rows
 
 
 def main() -> None:
@@ -45,7 +26,7 @@ def main() -> None:
     if args.shared_data and not args.shared_data.is_dir():
         fail(f"--shared-data {args.shared_data}: no such folder")
     args.speechocean_adults, args.wake_share, args.fsdd_takes = "drop", 0.0, 0  # options of prepare_real
-    for make, names in ((prepare_source, SPEECH), (evaluation, SPEECH_EVAL)):
+    for make, names in ((prepare_source, SPEECH), (evaluation_set, SPEECH_EVAL)):
         for name in names:
             try:
                 rows = make(name, args)

@@ -49,6 +49,7 @@ def test_a_moment_of_mixed_load():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)  # as long as the variable says
 def test_soak():
     logging.disable(logging.CRITICAL)  # pytest keeps what is logged, and so the memory would grow
     try:

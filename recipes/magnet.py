@@ -10,6 +10,7 @@ tensorboard/, loss.png and model/, the folder that nar-speech generate reads.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from nar_speech import config as configs
 from nar_speech.data.tokens import TokenBatch, TokenConfig, TokenData, TokenEval, TokenIndex
+from nar_speech.errors import ConfigError
 from nar_speech.losses.masked import MaskDraws, draw_masks, mask_codes
 from nar_speech.models.magnet import Magnet, MagnetConfig, magnet_loss
 from nar_speech.sound_folder import write_sound_folder
@@ -40,6 +42,8 @@ class Recipe:
             the text come from the data.
         codec: written into the model folder, a folder is copied; None: the one the data was made with.
         generation: defaults of generation for the model folder.
+        stage_weights: how often a step is one of each stage, in relation; None: all alike, as published. A
+            short training does well to favour the first stage: it decides what is heard.
         store: how the weights of the model folder are written.
     """
 
@@ -50,6 +54,7 @@ class Recipe:
     init: InitSection = field(default_factory=InitSection)
     codec: str | None = None
     generation: dict[str, Any] = field(default_factory=dict)
+    stage_weights: tuple[float, ...] | None = None
     store: Literal["float32", "float16", "int8"] = "float32"
 
 
@@ -63,6 +68,14 @@ def network_config(config: Recipe, index: TokenIndex, codebooks: int) -> MagnetC
         "segment_seconds": config.data.seconds,
     }
     return configs.from_dict(MagnetConfig, {**config.network, **from_data}, "network")
+
+
+def stage_weights(config: Recipe, stages: int) -> Tensor:
+    """(stages,) weights; a ConfigError unless there is a positive number for each stage."""
+    weights = config.stage_weights or (1.0,) * stages
+    if len(weights) != stages or not all(0 < weight < math.inf for weight in weights):
+        raise ConfigError(f"stage_weights: got {list(weights)}; give {stages} positive numbers, one a codebook")
+    return torch.tensor(weights)
 
 
 class Validator:
@@ -110,8 +123,10 @@ def recipe(config: Recipe, world: World) -> None:
     say(world, f"{millions:.2f} M parameters, {len(data.clips.places)} clips, {network.max_frames} frames")
     say(world, load_initial(model, config.init))
 
+    weights = stage_weights(config, network.num_codebooks)
+
     def loss_step(model, batch, generator, step):
-        stage = int(torch.randint(network.num_codebooks, (), generator=generator, device=generator.device))
+        stage = int(torch.multinomial(weights.to(generator.device), 1, generator=generator))
         draws = draw_masks(len(batch.codes), batch.codes.shape[2], generator, batch.codes.device)
         masked = mask_codes(batch.codes, batch.lengths, stage, network.span_len, network.mask_id, draws)
         terms = magnet_loss(model, masked, batch.states, batch.mask)

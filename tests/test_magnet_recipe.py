@@ -268,8 +268,21 @@ def test_wrong_settings_end_with_one_line(words, capsys):
     assert run([*words, "network.widht=3"]) == 2
     assert run([*words, "network.heads=3"]) == 2
     assert run([*words, "data.train=[/no/such/folder]"]) == 2
+    assert run([*words, "stage_weights=[1,0]"]) == 2
+    assert run([*words, "stage_weights=[1,1,1]"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert sum(line.startswith("error: ") for line in lines) == 3
+    assert sum(line.startswith("error: ") for line in lines) == 5
+
+
+def test_stages_are_trained_as_often_as_their_weights_say(words, monkeypatch):
+    stages, mask_codes = [], magnet.mask_codes
+    monkeypatch.setattr(magnet, "Validator", lambda *_: lambda model: {"loss": 1.0})
+    monkeypatch.setattr(
+        magnet, "mask_codes", lambda *inputs: (stages.append(inputs[2]), mask_codes(*inputs))[1]
+    )
+    assert run([*words, "stage_weights=[9,1]", "train.max_steps=60"]) == 0
+    assert len(stages) == 60
+    assert 45 <= stages.count(0) < 60
 
 
 def test_a_folder_of_another_task_or_a_wrong_key_is_refused(tmp_path):

@@ -74,7 +74,9 @@ def stage_weights(config: Recipe, stages: int) -> Tensor:
     """(stages,) weights; a ConfigError unless there is a positive number for each stage."""
     weights = config.stage_weights or (1.0,) * stages
     if len(weights) != stages or not all(0 < weight < math.inf for weight in weights):
-        raise ConfigError(f"stage_weights: got {list(weights)}; give {stages} positive numbers, one a codebook")
+        raise ConfigError(
+            f"stage_weights: got {list(weights)}; give {stages} positive numbers, one a codebook"
+        )
     return torch.tensor(weights)
 
 

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nar_speech.types import Audio
 from tests.mini_en_scripts import commit_all
 from tests.mini_sound_scripts import RECIPE, sound_scripts
 
@@ -463,7 +464,7 @@ def test_a_reserved_clip_stops_the_manifests(local, capsys):
 # ---- classifier -------------------------------------------------------------------------------------------
 
 
-def test_the_classifier_learns_and_scores(local, tmp_path, capsys):
+def test_the_classifier_learns_and_scores(local, tmp_path, capsys, monkeypatch):
     clips = local.render.plan([("laser", {}), ("dial tone", {})], {"train": 12, "dev": 0, "eval": 6}, 1)
     rows = local.render.render("effects", "effects", clips, local.effects.make, tmp_path, 1, "ours")
     for split in ("train", "eval"):
@@ -504,6 +505,19 @@ def test_the_classifier_learns_and_scores(local, tmp_path, capsys):
     result = local.classifier.score_source(network, known, tmp_path / "made")
     assert (result["clips"], result["accuracy"]) == (1, 1.0)
     assert local.classifier.windows(tmp_path / "made" / "dial-tone" / "1.wav").shape == (1, CLIP)
+    # As the scorer of a benchmark: generated audio against its caption.
+    monkeypatch.setenv(local.heard.VARIABLE, str(model))
+    local.heard.classifier.cache_clear()
+    clip = Audio(effect(local, "dial tone", seed=9)[None], RATE)
+    assert local.heard.heard([clip, clip], ["a telephone dial tone", "laser shots"]) == [1.0, 0.0]
+    with pytest.raises(SystemExit):
+        local.heard.heard([clip], ["polka"])
+    assert "'polka'" in capsys.readouterr().err
+
+
+def test_prompts_name_every_class_once(local):
+    meaning = local.captions.all_captions()
+    assert [meaning[prompt] for prompt in local.heard.prompts()] == [[n] for n in local.captions.classes()]
 
 
 @given(frames=st.integers(40, 300), seed=st.integers(0, 99))

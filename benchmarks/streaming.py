@@ -29,7 +29,7 @@ from benchmarks.asr.online import Alone, Engined, Official, RandomOnline, Redeco
 from benchmarks.asr.random_model import SIZES
 from nar_speech.audio import read_audio
 from nar_speech.errors import NarSpeechError
-from nar_speech.hub import ASSETS
+from nar_speech.locate import ASSETS
 
 DTYPES = ("float32", "bfloat16", "int8")
 WHISPER = "faster-whisper greedy"

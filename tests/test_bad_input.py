@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from nar_speech import cli
 from nar_speech import config as configs
 from nar_speech.errors import ConfigError
-from nar_speech.hub import ASSETS
 from nar_speech.layers.whisper import WhisperEncoderConfig
+from nar_speech.locate import ASSETS
 from tests.model_folders import ctc_folder, funasr_folder, paraformer_folder
 
 torch.set_num_threads(1)

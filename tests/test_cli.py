@@ -17,7 +17,7 @@ import soundfile
 import torch
 
 import nar_speech
-from nar_speech import cli, cli_options, cli_output, hub
+from nar_speech import cli, cli_options, cli_output, hub, locate
 from nar_speech.model_folder import DecoderName
 from tests.model_folders import ctc_folder, funasr_folder, paraformer_folder
 
@@ -430,7 +430,7 @@ def test_evaluate_without_anything_to_score(run, tmp_path):
 
 def test_models_list(run, tmp_path, monkeypatch):
     paraformer_folder(tmp_path / hub.DEFAULT_MODEL)
-    monkeypatch.setattr(hub, "ASSETS", tmp_path)
+    monkeypatch.setattr(locate, "ASSETS", tmp_path)
     code, out, _ = run("models", "list")
     assert code == 0
     assert out.startswith(f"* {hub.DEFAULT_MODEL}\ten\t")

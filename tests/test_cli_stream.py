@@ -15,7 +15,7 @@ import pytest
 import soundfile
 import torch
 
-from nar_speech import cli, hub, load_model
+from nar_speech import cli, load_model, locate
 from nar_speech.audio import read_audio
 from nar_speech.cli_stream import ERASE, Status, columns_of, fitting
 from nar_speech.engine import Final, Partial
@@ -213,7 +213,7 @@ def test_options_of_streams_need_streams(folders, audio, option, capsys):
 
 
 def test_the_embedded_model_that_is_missing_is_named(run, audio, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "ASSETS", tmp_path)
+    monkeypatch.setattr(locate, "ASSETS", tmp_path)
     for name in ("default", "mini_en", "mini_en_stream"):
         code, _, err = run(audio / "a.wav", model=name)
         assert (code, err.count("\n")) == (2, 1)
@@ -247,7 +247,7 @@ BABBLE = sixteen_bits(babble(1.0))
 @pytest.fixture(scope="module")
 def speech():
     """A sentence, and the silence that ends it."""
-    sentence = read_audio(hub.ASSETS / "sample.flac").samples
+    sentence = read_audio(locate.ASSETS / "sample.flac").samples
     return sixteen_bits(np.concatenate([sentence, np.zeros(RATE, np.float32)]))
 
 

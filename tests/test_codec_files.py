@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nar_speech import cli, hub
+from nar_speech import cli, locate
 from nar_speech.audio import info, read_audio, write_audio
 from nar_speech.codec.folder import write_codec_folder
 from nar_speech.codec.tokens import read_tokens, write_tokens
@@ -22,7 +22,7 @@ def run(capsys, tmp_path, monkeypatch):
     """Runs ``nar-speech codec ...`` with a small spectral codec as the embedded one: code, stdout, stderr."""
     card = ModelCard(name="mini_codec", task="codec", model="spectral", sample_rate=2000)
     write_codec_folder(tmp_path / "assets" / "mini_codec", codec("spectral"), card)
-    monkeypatch.setattr(hub, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(locate, "ASSETS", tmp_path / "assets")
 
     def call(*words):
         try:
@@ -161,7 +161,7 @@ def test_wrong_usage(run, sounds, tmp_path):
 
 
 def test_the_default_codec_that_is_not_there(run, sounds, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "ASSETS", tmp_path / "nothing")
+    monkeypatch.setattr(locate, "ASSETS", tmp_path / "nothing")
     code, _, err = run("encode", sounds / "a.wav", "-o", tmp_path / "x.safetensors")
     assert code == 2
     assert "mini_codec is not in this installation" in err

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nar_speech import hub
+from nar_speech import locate
 from nar_speech.codec import load
 from nar_speech.codec.folder import write_codec_folder
 from nar_speech.codec.load import fingerprint, load_codec
@@ -155,13 +155,13 @@ def test_encodec_package(tmp_path):
 def test_our_folder_and_the_default(tmp_path, monkeypatch):
     card = ModelCard(name="little", task="codec", model="spectral", sample_rate=2000)
     write_codec_folder(tmp_path / "assets" / "mini_codec", codec("spectral"), card)
-    monkeypatch.setattr(hub, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(locate, "ASSETS", tmp_path / "assets")
     sound = waves(codec("spectral"), 1, 300)
     for name in ("default", "mini_codec", tmp_path / "assets" / "mini_codec"):
         made = load_codec(name)
         assert made.name == "little"
         assert torch.equal(made.encode(sound).tokens, codec("spectral").encode(sound).tokens)
-    monkeypatch.setattr(hub, "ASSETS", tmp_path / "none")
+    monkeypatch.setattr(locate, "ASSETS", tmp_path / "none")
     with pytest.raises(HubError, match="mini_codec is not in this installation"):
         load_codec()
 

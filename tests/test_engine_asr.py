@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nar_speech import config as configs
-from nar_speech import hub, inspection
+from nar_speech import hub, inspection, locate
 from nar_speech.audio import read_audio
 from nar_speech.engine import (
     Closed,
@@ -311,7 +311,7 @@ def test_chunks_that_are_wrong_are_named(folders, tmp_path, name, stream, words)
 
 def test_speech_is_told_around_the_text(folders):
     model = load_stream(hub.load_parts(folders["ctc"]), "cpu")
-    wave = np.concatenate([read_audio(hub.ASSETS / "sample.flac").samples, np.zeros(RATE, np.float32)])
+    wave = np.concatenate([read_audio(locate.ASSETS / "sample.flac").samples, np.zeros(RATE, np.float32)])
     events = hear(model, [wave], {"endpoint": {"min_silence": 0.3}})
     started, stopped = (
         next(e for e in events if isinstance(e, kind)) for kind in (SpeechStarted, SpeechStopped)

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file, save_file
 
 import nar_speech
-from nar_speech import hub, inspection
+from nar_speech import hub, inspection, locate
 from nar_speech.config import read_yaml, write_yaml
 from nar_speech.errors import CheckpointError, ConfigError, HubError, NarSpeechError
 from nar_speech.model_folder import DecodingConfig, read_model_file
@@ -84,7 +84,7 @@ def test_import_keeps_away_from_files(tmp_path):
 def test_names(tmp_path, monkeypatch):
     paraformer_folder(tmp_path / "assets" / hub.DEFAULT_MODEL)
     ctc_folder(tmp_path / "assets" / "other")
-    monkeypatch.setattr(hub, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(locate, "ASSETS", tmp_path / "assets")
     assert hub.embedded_models() == sorted([hub.DEFAULT_MODEL, "other"])
     assert hub.resolve("default") == hub.resolve(hub.DEFAULT_MODEL) == tmp_path / "assets" / hub.DEFAULT_MODEL
     assert hub.resolve("other").name == "other"
@@ -97,7 +97,7 @@ def test_names(tmp_path, monkeypatch):
 
 
 def test_a_missing_default_is_explained(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "ASSETS", tmp_path)
+    monkeypatch.setattr(locate, "ASSETS", tmp_path)
     assert "not in this installation" in message_of(hub.resolve, "default", error=HubError)
 
 

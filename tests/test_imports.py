@@ -26,13 +26,14 @@ BASE = {
     "metrics",
     "metrics_audio",
     "checkpoint",
+    "locate",
     "model_folder",
     "sound_folder",
 }
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),
     "layers": BASE | {"layers"},
-    "codec": BASE | {"layers", "codec", "hub"},  # of hub only what finds a folder by name
+    "codec": BASE | {"layers", "codec"},
     "models": BASE | {"layers", "codec", "models", "losses"},
     "losses": BASE | {"losses"},
     "search": BASE | {"search"},

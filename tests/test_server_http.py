@@ -14,7 +14,7 @@ import openai
 import pytest
 import soundfile
 
-from nar_speech import hub
+from nar_speech import locate
 from nar_speech.server.auth import Keyring, Limits
 from nar_speech.server.models import load_models
 from nar_speech.server.settings import ModelSpec, Settings
@@ -385,7 +385,7 @@ def test_the_embedded_model_end_to_end():
     entries, models = load_models(settings)
     with ServerThread(settings, entries, models) as running:
         with openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0, timeout=120) as client:
-            with open(hub.ASSETS / "sample.flac", "rb") as file:
+            with open(locate.ASSETS / "sample.flac", "rb") as file:
                 result = create(
                     client,
                     file=file,
@@ -393,7 +393,7 @@ def test_the_embedded_model_end_to_end():
                     response_format="verbose_json",
                     timestamp_granularities=["word", "segment"],
                 )
-            expected = (hub.ASSETS / "sample.txt").read_text().strip()
+            expected = (locate.ASSETS / "sample.txt").read_text().strip()
             assert result.text == expected
             assert " ".join(w.word for w in result.words) == expected
             with pytest.raises(openai.BadRequestError, match="spell"):

@@ -6,7 +6,7 @@ import tests.server_extra  # noqa: F401  skips this file where the extra is miss
 
 import pytest
 
-from nar_speech import hub
+from nar_speech import hub, locate
 from nar_speech.audio import read_audio
 from nar_speech.engine.asr_offline import OfflineModel
 from nar_speech.errors import ConfigError
@@ -41,7 +41,7 @@ def test_halves_of_models(folders):
 
 
 def test_the_embedded_models_are_a_pair_where_both_are_installed(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "ASSETS", tmp_path)
+    monkeypatch.setattr(locate, "ASSETS", tmp_path)
     (tmp_path / hub.DEFAULT_MODEL).symlink_to(folders["offline"])
     assert with_twin(("default",)) == ("default",)
     (tmp_path / hub.TWIN).symlink_to(folders["ctc"])
@@ -77,7 +77,7 @@ def test_a_model_that_hears_files_only_is_no_load(folders):
 def test_tokens_of_the_embedded_model_join_to_its_text(verify):
     """Those of ``logprobs``, whichever tokenizer they are of."""
     model = OfflineModel(Transcriber.from_folder(hub.resolve("default"), "cpu"))
-    wave = read_audio(hub.ASSETS / "sample.flac", model.sample_rate).samples[: 4 * model.sample_rate]
+    wave = read_audio(locate.ASSETS / "sample.flac", model.sample_rate).samples[: 4 * model.sample_rate]
     (found,) = model.run([wave], [{"verify": verify}])
     tokens = [log_prob(token) for segment in found.segments for token in segment.tokens]
     assert "".join(token["token"] for token in tokens).strip() == found.text

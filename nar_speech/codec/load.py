@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from nar_speech import config as configs
+from nar_speech import locate
 from nar_speech.checkpoint import SkipInit, load_strict, read_tree, read_weights
 from nar_speech.codec import dac, encodec, mimi
 from nar_speech.codec.base import Codec
@@ -57,7 +58,7 @@ def load_codec(
     Args:
         name: ``default``, an embedded codec, a folder, a file, one of ``ALIASES``, or a hub id.
         device: where it goes.
-        cache_dir, offline: see :func:`nar_speech.hub.resolve`.
+        cache_dir, offline: see :func:`nar_speech.locate.resolve`.
 
     Raises:
         HubError: there is no such codec. ConfigError, CheckpointError: what is wrong with its files.
@@ -87,13 +88,11 @@ def _load(
 
 def _place(name: str | Path, cache_dir: str | Path | None, offline: bool | None) -> Path:
     """The folder or file of a codec."""
-    from nar_speech import hub
-
     wanted = DEFAULT_CODEC if name == "default" else name
     path = Path(str(wanted)).expanduser()
-    embedded = isinstance(wanted, str) and (hub.ASSETS / wanted / "model.yaml").is_file() and wanted
+    embedded = isinstance(wanted, str) and (locate.ASSETS / wanted / "model.yaml").is_file() and wanted
     if embedded:
-        return hub.ASSETS / wanted
+        return locate.ASSETS / wanted
     if wanted == DEFAULT_CODEC and not path.is_dir():
         raise HubError(
             f"codec '{DEFAULT_CODEC}': nar_speech/assets/{DEFAULT_CODEC} is not in this installation; install"
@@ -108,7 +107,7 @@ def _place(name: str | Path, cache_dir: str | Path | None, offline: bool | None)
         raise HubError(
             f"{wanted or '(empty name)'}: no such codec or file; give one of {known}, a path or a hub id"
         )
-    return hub.resolve(wanted, cache_dir, offline)
+    return locate.resolve(wanted, cache_dir, offline)
 
 
 def _from_folder(folder: Path, title: str) -> Codec | str:

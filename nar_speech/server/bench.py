@@ -27,7 +27,7 @@ from nar_speech.audio import read_audio
 from nar_speech.engine import Closed, Engine, EngineOptions, Failed, Final, Partial, Session, SessionOptions
 from nar_speech.engine.stats import HistogramStats
 from nar_speech.errors import BackPressure, InputError, NarSpeechError
-from nar_speech.hub import ASSETS
+from nar_speech.locate import ASSETS
 from nar_speech.metrics import char_error_rate, word_error_rate
 from nar_speech.pipelines.evaluate import read_manifest
 from nar_speech.pipelines.writers import join_texts

@@ -9,8 +9,9 @@ later: every block looks three frames ahead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,11 +158,23 @@ class Backbone(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, features: Tensor, bandwidth: Tensor | None = None) -> Tensor:
-        """Features (B, C, T) to (B, T, D)."""
-        x = _normed(self.norm, self.embed(features).transpose(1, 2), bandwidth).transpose(1, 2)
+    def forward(
+        self, features: Tensor, bandwidth: Tensor | None = None, present: Tensor | None = None
+    ) -> Tensor:
+        """Features (B, C, T) to (B, T, D).
+
+        Args:
+            present: (B, T) booleans, which frames there are; others are like the padding of a row that ends
+                there, so that a row gives what it gives alone. None: all.
+        """
+        behind = None if present is None else ~present[:, None]
+
+        def ended(x: Tensor) -> Tensor:
+            return x if behind is None else x.masked_fill(behind, 0.0)
+
+        x = _normed(self.norm, self.embed(ended(features)).transpose(1, 2), bandwidth).transpose(1, 2)
         for block in self.convnext:
-            x = block(x, bandwidth)
+            x = block(ended(x), bandwidth)
         return self.final_layer_norm(x.transpose(1, 2))
 
 
@@ -400,12 +413,23 @@ def _conv(conv: nn.Conv1d) -> Conv:
     return Conv(conv, conv.padding[0], conv.padding[0])
 
 
-def _columns(norm: nn.Module) -> Any:
-    return lambda x: norm(x.transpose(1, 2)).transpose(1, 2)
+# Partial functions and no lambdas: a copy of the network must get operators over its own layers.
 
 
-def _rest(block: ConvNeXtBlock) -> Any:
-    return lambda x: block.pointwise(block.norm(x.transpose(1, 2)))
+def _columns(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    return partial(_over_channels, norm)
+
+
+def _over_channels(norm: nn.Module, x: Tensor) -> Tensor:
+    return norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+def _rest(block: ConvNeXtBlock) -> Callable[[Tensor], Tensor]:
+    return partial(_behind_norm, block)
+
+
+def _behind_norm(block: ConvNeXtBlock, x: Tensor) -> Tensor:
+    return block.pointwise(block.norm(x.transpose(1, 2)))
 
 
 def _under(state: Any, bandwidth: BandwidthState) -> Any:

@@ -381,5 +381,6 @@ def test_rules_that_make_no_sense_are_refused(options, word):
 
 def test_single_tokens_of_magnet_are_scored_by_their_logarithm():
     assert magnet_config(span=1).scoring == "prod"
-    assert maskgct_config(1, 100).temperature == 0.2
+    assert make_plan(maskgct_config(1, 100)).temperature == (0.2,)
+    assert make_plan(maskgct_config(2, 100)).temperature == (0.9, 0.45)
     assert maskgct_config(5, 8192).top_k == 164

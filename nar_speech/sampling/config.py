@@ -25,7 +25,7 @@ class MaskedConfig:
     tokens (``nonoverlap``), or single tokens under overlapping spans (``stride1``).
 
     Attributes:
-        steps: calls of the network; an upper limit where ``adaptive`` or ``dilation`` say how many.
+        steps: calls of the network; an upper limit with ``adaptive``, without a say with ``dilation``.
         schedule: share of masked units as a function of the progress u. ``cosine``, ``linear``, ``arccos``,
             ``square`` 1-u^2, ``cubic`` 1-u^3, ``sqrt`` 1-sqrt(u) (MaskGIT, arXiv 2202.04200, section 4);
             ``even``: the same whole number of units in every step, the rest in the last (Mask-CTC, arXiv
@@ -36,13 +36,15 @@ class MaskedConfig:
         span: tokens of a unit.
         arrangement: of spans (MAGNeT, arXiv 2401.04577, section 3.1): ``nonoverlap``, or ``stride1``, which
             may mask what was fixed before.
-        scoring: of a unit: ``max`` 1 - its highest confidence; ``prod`` sum of -log confidence.
+        scoring: of a unit: ``max`` 1 - its highest confidence; ``prod`` sum of -log confidence. Overlapping
+            spans always take ``prod``, and so do single tokens of MAGNeT; ``dilation`` asks for no score.
         score_fixed: let fixed positions of a chunk that is partly fixed count in its score, with tokens drawn
             for them (official MAGNeT); otherwise its free positions alone count.
         temperature: of the softmax that tokens are drawn from.
         anneal: ``steps_left`` times (N-1-i)/N (MAGNeT), ``time`` times 1 - i/N (MaskGCT), or ``none``.
         temperature_floor: the lowest temperature.
-        greedy: the most probable token instead of a drawn one.
+        single_temperature: that of a stage of one step, in place of the others; 0: the same (MaskGCT: 0.2).
+        greedy: the most probable token instead of a drawn one, whatever top_k and top_p are.
         final_greedy: so in the last of several steps only (MaskGCT).
         top_k, top_p: draw among the k most probable tokens (ties stay), or among the most probable ones
             before which less than p has been summed up; 0 is off. top_p wins over top_k (official MAGNeT).
@@ -84,6 +86,7 @@ class MaskedConfig:
     temperature: float = 1.0
     anneal: Literal["none", "steps_left", "time"] = "none"
     temperature_floor: float = 0.01
+    single_temperature: float = 0.0
     greedy: bool = False
     final_greedy: bool = False
     top_k: int = 0
@@ -107,7 +110,7 @@ class MaskedConfig:
         check_range(self, 0, MAX_STEPS, "minimum", "top_k")
         check_range(self, 1, 1000, "span")
         check_range(self, 0.0, 1.0, "top_p", "guidance_rescale", "rescore_weight", "explore")
-        check_range(self, 0.0, 100.0, "temperature", "confidence_noise")
+        check_range(self, 0.0, 100.0, "temperature", "single_temperature", "confidence_noise")
         check_range(self, 1e-6, 100.0, "temperature_floor")
         check_range(self, -1000.0, 1000.0, "guidance")
         check_range(self, 0.0, 1e6, "adaptive_level")
@@ -177,13 +180,12 @@ def maskgct_config(
         "temperature": 0.9,
         "anneal": "time",
         "temperature_floor": 1e-3,
+        "single_temperature": 0.2,
         "final_greedy": True,
         "top_k": math.ceil((1 - filter_threshold) * vocabulary),
         "tempered_confidence": False,
         "confidence_noise": 1.0,
     } | options
-    if steps == 1:
-        values |= {"temperature": 0.2, "final_greedy": False}
     return MaskedConfig(steps=steps, **values)
 
 

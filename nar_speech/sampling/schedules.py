@@ -80,13 +80,16 @@ def make_plan(config: MaskedConfig) -> Plan:
         "steps_left": [(steps - 1 - i) / steps for i in range(steps)],
         "time": time,
     }[config.anneal]
+    heat = [config.temperature * f for f in factor]
+    if steps == 1 and config.single_temperature:
+        heat = [config.single_temperature]
     end = config.guidance if config.guidance_end is None else config.guidance_end
     weights = shares if config.guidance_anneal == "mask_ratio" else [1 - u for u in progress.tolist()]
     return Plan(
         ratio=tuple(shares),
         progress=tuple(progress.tolist()),
         time=tuple(time),
-        temperature=tuple(max(config.temperature * f, config.temperature_floor) for f in factor),
+        temperature=tuple(max(t, config.temperature_floor) for t in heat),
         guidance=tuple(w * config.guidance + (1 - w) * end for w in weights),
     )
 

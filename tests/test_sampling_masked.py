@@ -434,6 +434,14 @@ def test_bad_input_is_refused():
         masked_sample(Toy(), tokens, fixed, lengths, MaskedConfig(), None, mask_id=V)
     with pytest.raises(InputError, match="fewer"):
         masked_sample(Toy(), tokens, fixed, lengths, MaskedConfig(), RecordedDraws(), mask_id=V)
+    with pytest.raises(InputError, match="2 generators for 1 items"):
+        masked_sample(Toy(), tokens, fixed, lengths, MaskedConfig(), seeded([1, 2]), mask_id=V)
+    with pytest.raises(InputError, match="0 generators for 1 items"):
+        sample_codebooks(Toy(), tokens[None], fixed, lengths, CodebookConfig(), [], mask_id=V)
+    dilated, order = MaskedConfig(dilation=4), torch.arange(5.0)[None]
+    for without_a_say in ({"priority": order}, {"rescore": lambda ids, info: order}):
+        with pytest.raises(ConfigError, match="dilation: fixes the order"):
+            masked_sample(Toy(), tokens, fixed, lengths, dilated, seeded([1]), mask_id=V, **without_a_say)
     odd = RecordedDraws([torch.ones(1, 5, 3)])
     with pytest.raises(InputError, match="shape"):
         masked_sample(Toy(), tokens, fixed, lengths, MaskedConfig(), odd, mask_id=V)

@@ -208,6 +208,9 @@ def test_rescaled_guidance_of_an_item_is_its_own():
         one, base = guided[row, :length], conditional[row, :length]
         want = 0.75 * one * base.std() / one.std() + 0.25 * one
         assert torch.allclose(scaled[row, :length], want, atol=1e-5)
+        alone = rescale(one[None], base[None], 0.75, valid[row : row + 1, :length])
+        assert torch.equal(alone[0], scaled[row, :length])  # whatever the padding
+    assert torch.equal(scaled[2], conditional[2])
     whole = rescale(guided, conditional, 1.0, per_item=False)
     assert torch.allclose(whole, guided * conditional.std() / guided.std(), atol=1e-5)
 

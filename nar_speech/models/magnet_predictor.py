@@ -195,6 +195,9 @@ class MagnetPredictor:
         """The text of the rows: conditional ones, then the unconditional ones of a guided pass."""
         key = items, guided
         if key not in self._memories:
+            if not self.one_by_one:  # batches of every combination of unfinished items would fill a GPU
+                for old in [k for k in self._memories if k[0] != items]:
+                    del self._memories[old]
             rows = [*items, *(self.items + item for item in items)] if guided else list(items)
             states, mask = (t[rows] for t in self.texts)
             if not self.options.official_padding:  # as it would be in any other batch

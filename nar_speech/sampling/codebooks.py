@@ -103,6 +103,8 @@ def sample_codebooks(
             f"codebooks: codes {tuple(codes.shape)}, fixed {tuple(fixed.shape)}, lengths"
             f" {tuple(lengths.shape)}; expected (B, K, T), (B, T) or (B, K, T), (B,)"
         )
+    if isinstance(draws, Sequence) and len(draws) != len(codes):
+        raise InputError(f"codebooks: {len(draws)} generators for {len(codes)} items; give each one")
     count = codes.shape[1]
     fixed = fixed[:, None].expand_as(codes) if fixed.dim() == 2 else fixed
     if config.cut and config.rules.span > 1 and not config.rules.overlapping:

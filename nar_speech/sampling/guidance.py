@@ -32,14 +32,19 @@ def rescale(
     if valid is None:
         valid = torch.ones(guided.shape[:2], dtype=torch.bool, device=guided.device)
     wanted, found = (_deviation(x, valid, per_item) for x in (conditional, guided))
-    return share * (guided * wanted / found) + (1 - share) * guided
+    rescaled = share * (guided * wanted / found) + (1 - share) * guided
+    return torch.where(wanted == found, guided, rescaled)  # exactly, where there is nothing to bring back
 
 
 def _deviation(values: Tensor, valid: Tensor, per_item: bool) -> Tensor:
-    """Unbiased standard deviation over valid positions and features, (R, 1, 1)."""
+    """Unbiased standard deviation over valid positions and features, (R, 1, 1).
+
+    In float64: how far a batch is padded changes the order of sums, and with it a float32's last digits.
+    """
+    values, kind = values.double(), values.dtype
     weight = valid[..., None].to(values.dtype).expand_as(values)
     places = (1, 2) if per_item else (0, 1, 2)
     number = weight.sum(places, keepdim=True)
     mean = (values * weight).sum(places, keepdim=True) / number
     squares = ((values - mean).square() * weight).sum(places, keepdim=True)
-    return (squares / (number - 1).clamp(min=1)).sqrt().clamp(min=1e-12)
+    return (squares / (number - 1).clamp(min=1)).sqrt().clamp(min=1e-12).to(kind)

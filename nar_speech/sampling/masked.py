@@ -80,7 +80,8 @@ def masked_sample(
         on_step: called with (calls done, calls at most).
 
     Raises:
-        InputError: shapes that do not fit, no generators where something is drawn.
+        InputError: shapes that do not fit, no generators where something is drawn, or not one for each item.
+        ConfigError: arguments that don't go with the rules.
         NarSpeechError: the network gives NaN.
     """
     if tokens.dim() != 2 or fixed.shape != tokens.shape or lengths.shape != tokens.shape[:1]:
@@ -92,6 +93,10 @@ def masked_sample(
         raise InputError(f"masked sampling: lengths {lengths.tolist()}; must be 0 to {tokens.shape[1]}")
     if config.overlapping and priority is not None:
         raise ConfigError("priority: needs arrangement 'nonoverlap'; 'stride1' masks fixed tokens again")
+    if config.dilation and (priority is not None or rescore is not None):
+        raise ConfigError("dilation: fixes the order, so priority and rescore have no say; choose one")
+    if isinstance(draws, Sequence) and len(draws) != len(tokens):
+        raise InputError(f"masked sampling: {len(draws)} generators for {len(tokens)} items; give each one")
     loop = _Loop(predict, tokens, fixed, lengths, config, draws, mask_id, stage, first_call)
     loop.priority, loop.rescore, loop.trace, loop.on_step = priority, rescore, trace, on_step
     if trace is not None and trace.fixed is None:

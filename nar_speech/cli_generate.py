@@ -8,7 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
     second = parser.add_argument_group("with an autoregressive partner")
     second.add_argument("--partner", metavar="NAME", help="name, folder or hub id of a MusicGen")
     second.add_argument("--rescore", type=number, metavar="W", help="weight of its probabilities (0.7)")
-    second.add_argument("--hybrid", type=number, metavar="S", help="let it make the first seconds")
+    second.add_argument("--hybrid", type=positive(float), metavar="S", help="let it make the first seconds")
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -95,13 +95,18 @@ def generate(options: argparse.Namespace) -> int:
     for path in [*targets, *([options.plot] if options.plot else [])]:
         keep_inputs("--plot" if path == options.plot else "--output", str(path), inputs)
     gap = _gap(options)
+    if options.plot:
+        if len(targets) != 1:
+            raise ConfigError("--plot: draws one clip; give a single prompt")
+        from nar_speech.pipelines.plot import check_picture
+
+        check_picture(options.plot)
+    drawn = not options.plot or Path(options.plot).exists()
     jobs = [
         (prompt, options.seed + i, target)
         for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True))
-        if not (options.resume and target.exists())
+        if not (options.resume and target.exists() and drawn)
     ]
-    if options.plot and len(targets) != 1:
-        raise ConfigError("--plot: draws one clip; give a single prompt")
     if not jobs:
         return OK
     generator, given = _load(options)
@@ -113,7 +118,9 @@ def generate(options: argparse.Namespace) -> int:
             complain(str(error))
             failed += 1
             jobs.remove((prompt, seed, target))
-    limit = 4 if generator.device.type == "cpu" else 32
+    from nar_speech.pipelines.generate import BATCH
+
+    limit = BATCH.get(generator.device.type, 4)
     for begin in range(0, len(jobs), limit):
         part = jobs[begin : begin + limit]
         with _progress(begin, len(jobs)) as progress:
@@ -155,6 +162,10 @@ def _load(options: argparse.Namespace) -> tuple[SoundGenerator, dict[str, Any]]:
         raise ConfigError("--rescore, --hybrid: need a second model; name one with --partner")
     if options.partner is not None and options.rescore is None and options.hybrid is None:
         raise ConfigError("--partner: has nothing to do; add --rescore W or --hybrid SECONDS")
+    if options.dilation and (options.steps is not None or options.scoring is not None):
+        raise ConfigError("--dilation: fixes steps and order; leave --steps and --scoring out")
+    if options.arrangement == "stride1" and options.scoring == "max":
+        raise ConfigError("--arrangement stride1: always scores by prod; leave --scoring out")
     names = ("steps", "temperature", "top_p", "top_k", "span", "arrangement", "scoring", "greedy", "dilation")
     given = {n: getattr(options, n) for n in (*names, "explore", "reuse") if getattr(options, n) is not None}
     if options.cfg is not None:
@@ -168,7 +179,7 @@ def _load(options: argparse.Namespace) -> tuple[SoundGenerator, dict[str, Any]]:
     place = (options.cache_dir, options.offline)
     folder = resolve_sound(options.model, *place)
     partner = None if options.partner is None else resolve_sound(options.partner, *place)
-    generator = SoundGenerator.from_folder(folder, options.device, options.dtype, partner)
+    generator = SoundGenerator.from_folder(folder, options.device, options.dtype, partner, *place)
     change(generator.generation, given)  # a wrong option is said before the work
     return generator, given
 
@@ -247,6 +258,8 @@ def _write(result: SoundResult, target: Path, options: argparse.Namespace, sever
         write_audio(draft, result.audio)
         draft.replace(target)
     except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
         raise InputError(f"{target}: can't write ({error.strerror}); check the path") from error
     except NarSpeechError as error:
         draft.unlink(missing_ok=True)

@@ -143,7 +143,9 @@ def load_model(
     if makes_sound(folder):
         from nar_speech.pipelines.generate import SoundGenerator
 
-        return SoundGenerator.from_folder(folder, device, dtype, **options)
+        return SoundGenerator.from_folder(
+            folder, device, dtype, cache_dir=cache_dir, offline=offline, **options
+        )
     return Transcriber.from_parts(load_parts(folder), device, dtype, **options)
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from nar_speech.errors import CheckpointError, ConfigError, InputError, MissingExtraError
+from nar_speech.errors import CheckpointError, ConfigError, HubError, InputError, MissingExtraError
 from nar_speech.text import conditioner as module
 from nar_speech.text.conditioner import (
     SENTENCE_PACKAGE,
@@ -131,6 +131,27 @@ def test_wrong_folders_are_named(folders, tmp_path):
     for wrong in ({"name": ""}, {"max_tokens": 0}):
         with pytest.raises(ConfigError):
             ConditionerConfig(**wrong)
+
+
+def test_an_encoder_of_the_hub_is_looked_for_where_it_should_be(monkeypatch):
+    import transformers
+
+    asked = []
+
+    def nothing(source, **options):
+        asked.append((source, options))
+        raise OSError("no such thing")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", nothing)
+    monkeypatch.setenv("NAR_SPEECH_CACHE", "all")
+    config = ConditionerConfig("t5", "google-t5/t5-base")
+    for place in ((), ("mine", True)):
+        with pytest.raises(HubError, match="google-t5/t5-base"):
+            load_conditioner(config, None, *place)
+    assert asked == [
+        ("google-t5/t5-base", {"cache_dir": "all"}),
+        ("google-t5/t5-base", {"cache_dir": "mine", "local_files_only": True}),
+    ]
 
 
 def test_a_folder_inside_the_model_folder_comes_first(folders):

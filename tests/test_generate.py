@@ -163,6 +163,17 @@ def test_a_partner_begins_the_clip(generator):
     assert torch.equal(codes_of(again[0]), codes_of(result))
 
 
+def test_a_partner_that_is_not_asked_changes_nothing():
+    partner = tiny_partner()
+    config = partner.network.config
+    partner.network.config = type(config)(**{**vars(config), "segment_seconds": 1.0})
+    alone, beside = tiny_generator(), tiny_generator()
+    beside.partner = partner
+    calls = {"prompts": "rain", "duration": 1.8, "trace": True}
+    assert torch.equal(codes_of(alone(**calls)), codes_of(beside(**calls)))
+    assert [trace.masked.shape[1] for trace in beside(**calls, rescore=True).traces] == [25, 25, 25]
+
+
 def test_official_quirks_cut_the_length(generator):
     result = generator("rain", duration=1.0, official=True)
     assert codes_of(result).shape[1] == 24
@@ -191,6 +202,8 @@ def test_official_quirks_cut_the_length(generator):
         ({"top_p": 2.0}, ConfigError, "top_p"),
         ({"colour": 1}, ConfigError, "unknown key 'colour'"),
         ({"steps": (0,)}, ConfigError, "steps"),
+        ({"negative": "noise", "guidance": 1.0}, ConfigError, "guidance, which is off"),
+        ({"rescore": True, "dilation": 4}, ConfigError, "dilation does not ask"),
         ({"hybrid_seconds": 2.0, "duration": 2.0}, InputError, "leave nothing"),
         ({"hybrid_seconds": 3.0, "duration": 5.0}, InputError, "at most"),
     ],
@@ -362,6 +375,26 @@ def test_several_clips_go_to_numbered_files_or_a_folder(command, tmp_path, capsy
     assert [json.loads(line)["seed"] for line in again] == [1]
 
 
+def test_a_picture_is_drawn_again_with_its_clip(command, tmp_path):
+    words = ("rain", "--duration", 0.5, "-o", tmp_path / "x.wav", "--resume")
+    assert command(*words) == 0
+    assert command(*words, "--plot", tmp_path / "x.png") == 0
+    drawn = (tmp_path / "x.png").stat().st_mtime_ns
+    assert command(*words, "--plot", tmp_path / "x.png") == 0
+    assert (tmp_path / "x.png").stat().st_mtime_ns == drawn
+
+
+def test_a_clip_that_cannot_be_written_leaves_nothing(command, tmp_path, monkeypatch, capsys):
+    def full(path, audio):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nar_speech.audio.write_audio", full)
+    assert command("rain", "--duration", 0.5, "-o", tmp_path / "x.wav") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bad_prompt_harms_no_other(command, tmp_path, capsys):
     long = "one two three four five six seven"
     assert command("rain", long, "--duration", 0.5, "-o", f"{tmp_path}/all/") == 1
@@ -398,6 +431,11 @@ def test_recordings_on_the_command_line(command, tmp_path, recording):
         (("rain", "--format", "flac"), "output folder"),
         (("rain", "snow", "--plot", "x.png"), "single prompt"),
         (("rain", "--prompts", "/no/such/file"), "can't read this file"),
+        (("rain", "--plot", "x.wav"), "not a picture's suffix"),
+        (("rain", "--plot", "no/x.png"), "no such folder"),
+        (("rain", "--dilation", "4", "--steps", "2"), "leave --steps"),
+        (("rain", "--arrangement", "stride1", "--scoring", "max"), "leave --scoring"),
+        (("rain", "--partner", "x", "--hybrid", "0"), "must be a number above 0"),
         (("rain", "--inpaint", "1-2", "x.wav"), "START:END"),
         (("rain", "--inpaint", "1:2", "/no/such.wav"), "no such file"),
         (("rain", "--inpaint", "1:2", "x.wav", "--duration", "2"), "leave --duration out"),
@@ -418,6 +456,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(command, tmp_path, monkeypatch, c
     assert error.startswith("nar-speech: error: ")
     assert error.count("\n") == 1
     assert message in error
+    assert not list(tmp_path.iterdir())  # said before the work
     assert not list(tmp_path.glob("*.wav"))
 
 

@@ -35,7 +35,7 @@ CARD = ModelCard("tiny", "generate", "magnet", RATE)
 @pytest.fixture(autouse=True)
 def words(monkeypatch):
     """Text encoders of the folders are the one of the tests."""
-    monkeypatch.setattr(sound_model, "load_conditioner", lambda config, folder: Words())
+    monkeypatch.setattr(sound_model, "load_conditioner", lambda config, folder, *place: Words())
 
 
 def folder_of(path, network=None, card=CARD, **generation):
@@ -85,6 +85,37 @@ def test_a_folder_of_ours_makes_what_its_parts_make(tmp_path):
     assert other("a dog", duration=1.0).calls == 6
 
 
+def test_top_k_of_a_model_file_is_not_lost_to_the_default_of_top_p(tmp_path):
+    loaded = SoundGenerator.from_folder(folder_of(tmp_path / "model", top_k=5), "cpu")
+    assert (loaded.generation.top_k, loaded.generation.top_p) == (5, 0.0)
+
+
+def test_the_place_of_downloads_reaches_codec_and_text_encoder(tmp_path, monkeypatch):
+    asked = []
+    codec = sound_model.load_codec
+
+    def load_codec(name, cache_dir=None, offline=None):
+        asked.append((cache_dir, offline))
+        return codec(name)
+
+    def load_conditioner(config, folder, *place):
+        asked.append(place)
+        return Words()
+
+    monkeypatch.setattr(sound_model, "load_codec", load_codec)
+    monkeypatch.setattr(sound_model, "load_conditioner", load_conditioner)
+    folder = folder_of(tmp_path / "model")
+    partner = folder_of(
+        tmp_path / "partner", tiny_partner().network, ModelCard("p", "generate", "musicgen", RATE)
+    )
+    nar_speech.load_model(folder, device="cpu", cache_dir="kept", offline=True, partner=partner)
+    assert asked == [("kept", True)] * 4
+    words = ["generate", "rain", "--model", folder, "--partner", partner, "--hybrid", 0.5, "--duration", 1]
+    words += ["--offline", "--cache-dir", "kept", "-o", tmp_path / "x.wav"]
+    assert cli.main([str(word) for word in words]) == 0
+    assert asked == [("kept", True)] * 8
+
+
 def test_official_folders_load_with_the_defaults_of_the_api(tmp_path):
     folder = official(tmp_path / "magnet", tiny_magnet(), MAGNET)
     partner = official(tmp_path / "musicgen", tiny_partner().network, MUSICGEN)
@@ -132,6 +163,8 @@ def test_folders_that_are_wrong_say_so(tmp_path, capsys):
     assert "recognises no speech" in capsys.readouterr().err
     with pytest.raises(HubError, match="no such model folder"):
         resolve_sound(tmp_path / "nothing")
+    with pytest.raises(HubError, match=r"nothing: .*mini_sound, magnet-small-10secs"):
+        resolve_sound("nothing")
 
 
 def test_names_of_official_models_are_known(monkeypatch):

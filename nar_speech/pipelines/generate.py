@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar_speech import config as configs
 from nar_speech.audio import AudioSource, read_audio
 from nar_speech.codec.base import Codec
 from nar_speech.errors import ConfigError, InputError
@@ -144,7 +143,7 @@ class SoundGenerator:
                 f"{parts.folder}: is autoregressive ({parts.card.model}); sounds are made by a masked model,"
                 " and this one can be its partner"
             )
-        generation = configs.from_dict(GenerationConfig, parts.generation, f"{parts.folder}: generation")
+        generation = change(GenerationConfig(), parts.generation, f"{parts.folder}: generation")
         place = pick_device(device)
         parts.network.to(place).prepare(resolve_dtype(DTYPES.get(dtype, dtype), place))
         codec, conditioner = parts.codec.to(place), parts.conditioner.to(place)
@@ -157,14 +156,21 @@ class SoundGenerator:
         device: str = "auto",
         dtype: str = "float32",
         partner: str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        offline: bool | None = None,
         **options: Any,
     ) -> SoundGenerator:
-        """From a model folder of any supported layout; ``partner``: the folder of an autoregressive model."""
-        parts = load_sound_parts(folder)
+        """From a model folder of any supported layout; ``partner``: the folder of an autoregressive model.
+
+        ``cache_dir``, ``offline``: for a codec or text encoder that the folder only names, see
+        :func:`nar_speech.locate.resolve`.
+        """
+        parts = load_sound_parts(folder, cache_dir, offline)
         place = pick_device(device)
         second = None
         if partner is not None:
-            second = Partner.from_folder(partner, place, resolve_dtype(DTYPES.get(dtype, dtype), place))
+            kind = resolve_dtype(DTYPES.get(dtype, dtype), place)
+            second = Partner.from_folder(partner, place, kind, cache_dir, offline)
         return cls.from_parts(parts, str(place), dtype, second, **options)
 
     @property
@@ -227,13 +233,20 @@ class SoundGenerator:
             raise ConfigError(
                 "rescore, hybrid_seconds: need a partner, an autoregressive model of the same codec"
             )
+        if rescore and config.dilation:
+            raise ConfigError("rescore: changes scores, which dilation does not ask for; choose one")
+        unguided = config.guidance == config.guidance_end == 1
+        if unguided and any(negative if isinstance(negative, list) else [negative]):
+            raise ConfigError(
+                "negative: acts through guidance, which is off at 1; raise it or leave this out"
+            )
         limit = BATCH.get(self.device.type, 4) if batch is None else batch
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise ConfigError(f"batch: got {limit!r}; must be a whole number above 0")
         clips = self._clips(texts, duration, seed, continue_from, inpaint, negative, config)
         if hybrid_seconds:
             self._begin(clips, check_duration(hybrid_seconds, "hybrid_seconds"), config)
-        most, context = self._window(config)
+        most, context = self._window(config, rescore)
         groups = [clips[i : i + limit] for i in range(0, len(clips), limit)]
         per_window = config.codebooks(self.network.config.span_len).calls(self.network.config.num_codebooks)
         windows = [max(count_windows(clip.given, most, context) for clip in group) for group in groups]
@@ -411,10 +424,10 @@ class SoundGenerator:
 
     # ---- making -----------------------------------------------------------------------------------------
 
-    def _window(self, config: GenerationConfig) -> tuple[int, int]:
+    def _window(self, config: GenerationConfig, rescore: bool) -> tuple[int, int]:
         """Frames that are made at once, and those of them that are known beforehand in a long clip."""
         most = self.network.config.max_frames
-        if self.partner is not None:
+        if rescore:  # the partner reads whole windows
             most = min(most, self.partner.network.config.max_frames)
         span = config.span or self.network.config.span_len
         if config.official and most > span:
@@ -430,7 +443,7 @@ class SoundGenerator:
         report: Callable[[int], None] | None,
     ) -> None:
         """Fill the clips' codes, window after window, all clips at once."""
-        most, context = self._window(config)
+        most, context = self._window(config, rescore)
         started = time.perf_counter()
         states, mask = self.conditioner([clip.prompt or "" for clip in clips])
         null = None

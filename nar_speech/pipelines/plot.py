@@ -73,6 +73,21 @@ def plot_recognition(transcriber: Transcriber, source: AudioSource, path: str | 
         save_picture(figure, path)
 
 
+def check_picture(path: str | Path) -> None:
+    """Whether a picture can be written there, before the work that it shows.
+
+    Raises:
+        InputError: a suffix of no picture, or no such folder.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path, known = Path(path), FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower()[1:] not in known:
+        raise InputError(f"{path}: not a picture's suffix; use .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: no such folder; make it first")
+
+
 def save_picture(figure: Any, path: Any) -> None:
     """Write a matplotlib figure.
 

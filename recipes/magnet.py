@@ -25,6 +25,7 @@ from nar_speech.data.tokens import TokenBatch, TokenConfig, TokenData, TokenEval
 from nar_speech.errors import ConfigError
 from nar_speech.losses.masked import MaskDraws, draw_masks, mask_codes
 from nar_speech.models.magnet import Magnet, MagnetConfig, magnet_loss
+from nar_speech.pipelines.sound_options import GenerationConfig, change
 from nar_speech.sound_folder import write_sound_folder
 from nar_speech.train import World, say, train
 from nar_speech.train.distributed import sum_over
@@ -124,7 +125,7 @@ def recipe(config: Recipe, world: World) -> None:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     say(world, f"{millions:.2f} M parameters, {len(data.clips.places)} clips, {network.max_frames} frames")
     say(world, load_initial(model, config.init))
-
+    change(GenerationConfig(), config.generation, "generation")  # what is wrong is said before the training
     weights = stage_weights(config, network.num_codebooks)
 
     def loss_step(model, batch, generator, step):
@@ -134,7 +135,7 @@ def recipe(config: Recipe, world: World) -> None:
         terms = magnet_loss(model, masked, batch.states, batch.mask)
         return {name: terms[name] for name in ("loss", "acc")}
 
-    dev = TokenEval(config.data, world.rank, world.size) if config.data.dev else None
+    dev = TokenEval(config.data, world.rank, world.size, data.index) if config.data.dev else None
     validate = Validator(dev, network, world) if dev is not None else None
     result = train(config.train, model, loss_step, data, validate, world)
     if result.finished and world.main:

@@ -9,6 +9,7 @@ Shards that are there already are kept, so the same command goes on after any in
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from nar_speech.data.tokens import (
     write_texts,
 )
 from nar_speech.errors import ConfigError, ManifestError, NarSpeechError
+from nar_speech.locate import embedded_models
 from nar_speech.text.conditioner import SENTENCE_PACKAGE, ConditionerConfig, load_conditioner
 
 MADE = "made.json"  # what the shards that are there were made with
@@ -55,10 +57,14 @@ def prepare(
     if not cuts:
         raise ManifestError(f"{cuts_file}: holds no cuts")
     codec, encoder = load_codec(codec_name).to(device), load_conditioner(conditioner).to(device)
+    if Path(codec_name).is_dir() and codec_name not in embedded_models():
+        codec_name = str(Path(codec_name).resolve())  # the training may run in another folder
     codebooks = codec.check_codebooks(num_codebooks)
-    settings = [codec_name, codebooks, shard_size, len(cuts), cuts[0].id, cuts[-1].id]
+    settings = [digest(codec), codebooks, shard_size, digest([cut.to_dict() for cut in cuts])]
     if (out / MADE).is_file() and json.loads((out / MADE).read_text()) != settings:
-        raise ConfigError(f"{out}: has codes of other cuts or another codec; name another folder")
+        raise ConfigError(
+            f"{out}: has codes of other cuts or captions, or of another codec; remove it or name another"
+        )
     (out / MADE).write_text(json.dumps(settings))
     told = [captions_of(cut) for cut in cuts]
     captions = sorted({text for row in told for text in row})
@@ -80,6 +86,18 @@ def prepare(
     )
     write_index(out, index)
     return index
+
+
+def digest(made_of: Codec | list) -> str:
+    """What tells a codec by its weights, or plain data, from any other: 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    if isinstance(made_of, Codec):
+        for name, tensor in sorted(made_of.state_dict().items()):
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    else:
+        found.update(json.dumps(made_of, sort_keys=True, default=str).encode())
+    return found.hexdigest()[:16]
 
 
 @torch.inference_mode()

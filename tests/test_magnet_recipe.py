@@ -1,6 +1,8 @@
 """Sound as codes with captions, and the recipe that trains MAGNeT on it."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lhotse import CutSet
 
 from nar_speech.checkpoint import load_strict
 from nar_speech.codec.folder import write_codec_folder
@@ -119,6 +122,26 @@ def test_preparing_again_keeps_shards_and_refuses_other_cuts(folders, monkeypatc
     assert shard.stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match="other cuts"):
         prepare_sound.prepare(str(folders / "wav" / "dev.jsonl.gz"), *words, **options)
+
+
+def test_codes_of_a_codec_or_captions_that_changed_are_not_kept(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_sound, "load_conditioner", lambda config: Letters())
+    cuts = list(open_cuts(str(folders / "wav" / "dev.jsonl.gz"), "cuts"))
+    write_codec_folder(tmp_path / "codec", load_codec(folders / "codec"), ModelCard("t", "codec", "spectral"))
+    words = (str(tmp_path / "codes"), str(tmp_path / "codec"), ConditionerConfig("sentence", "letters"))
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    prepare_sound.prepare(str(tmp_path / "cuts.jsonl.gz"), *words)
+    prepare_sound.prepare(str(tmp_path / "cuts.jsonl.gz"), *words)
+    trained_on = load_codec(folders / "codec")
+    next(p for p in trained_on.parameters() if p.ndim > 1).data.add_(0.1)
+    write_codec_folder(tmp_path / "codec", trained_on, ModelCard("t", "codec", "spectral"))
+    with pytest.raises(ConfigError, match="another codec"):
+        prepare_sound.prepare(str(tmp_path / "cuts.jsonl.gz"), *words)
+    write_codec_folder(tmp_path / "codec", load_codec(folders / "codec"), ModelCard("t", "codec", "spectral"))
+    cuts[2].supervisions[0].custom = {"captions": ["a zebra"]}  # the numbers of all captions move
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    with pytest.raises(ConfigError, match="captions"):
+        prepare_sound.prepare(str(tmp_path / "cuts.jsonl.gz"), *words)
 
 
 def same(a, b):
@@ -270,8 +293,25 @@ def test_wrong_settings_end_with_one_line(words, capsys):
     assert run([*words, "data.train=[/no/such/folder]"]) == 2
     assert run([*words, "stage_weights=[1,0]"]) == 2
     assert run([*words, "stage_weights=[1,1,1]"]) == 2
+    assert run([*words, "+generation.colour=red"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert sum(line.startswith("error: ") for line in lines) == 5
+    assert sum(line.startswith("error: ") for line in lines) == 6
+
+
+def test_clips_for_validation_are_of_the_same_codec(words, folders, tmp_path, capsys):
+    shutil.copytree(folders / "dev", tmp_path / "dev")
+    path = tmp_path / "dev" / "index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {"codec": "another"}))
+    assert run([*words, f"data.dev=[{tmp_path}/dev]"]) == 2
+    assert "differs in codec" in capsys.readouterr().err
+
+
+def test_a_crop_is_never_longer_than_the_segment(words, folders):
+    # 0.58 * 50 is a little less than 29: rounded up, it would be more frames than the network takes.
+    crops = TokenData(data_config(folders, seconds=0.58))
+    assert next(iter(crops)).codes.shape[2] == 28
+    assert run([*words, "data.seconds=0.58", "train.max_steps=1"]) == 0
 
 
 def test_stages_are_trained_as_often_as_their_weights_say(words, monkeypatch):

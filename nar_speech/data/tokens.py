@@ -26,6 +26,8 @@ from nar_speech.text.conditioner import ConditionerConfig
 
 INDEX, TEXTS = "index.json", "texts.safetensors"
 NO_CAPTION = -1
+# What codes that are learnt together have in common.
+SAME = ("codec", "sample_rate", "frame_rate", "num_codebooks", "codebook_size", "conditioner", "text_width")
 
 
 @dataclass(frozen=True)
@@ -168,17 +170,19 @@ class TokenStore:
 class _Clips:
     """The clips of several folders that belong together."""
 
-    def __init__(self, folders: Sequence[str], config: TokenConfig, where: str):
+    def __init__(
+        self, folders: Sequence[str], config: TokenConfig, where: str, like: TokenIndex | None = None
+    ):
         if not folders:
             raise ManifestError(f"{where}: name at least one folder of codes")
         self.stores = [TokenStore(folder) for folder in folders]
-        first = self.stores[0].index
-        for store in self.stores[1:]:
-            for name in ("codec", "sample_rate", "frame_rate", "num_codebooks", "conditioner", "text_width"):
+        first = like or self.stores[0].index
+        for store in self.stores:
+            for name in SAME:
                 if getattr(store.index, name) != getattr(first, name):
                     raise ConfigError(
-                        f"{where}: {store.folder} and {self.stores[0].folder} differ in {name}; make both"
-                        " with the same codec and text encoder"
+                        f"{where}: {store.folder} differs in {name} from the codes before it; make all with"
+                        " the same codec and text encoder"
                     )
         self.index, self.config = first, config
         self.codebooks = config.num_codebooks or first.num_codebooks
@@ -190,7 +194,7 @@ class _Clips:
         self.places = [(s, c) for s, c in self.places if self.stores[s].frames(c) > 0]
         if not self.places:
             raise ManifestError(f"{where}: {', '.join(folders)} hold no clips")
-        self.frames = max(1, round(config.seconds * first.frame_rate))
+        self.frames = max(1, int(config.seconds * first.frame_rate))  # the segment of the network
 
     def batch(self, clips: Sequence[int], rngs: Sequence[np.random.Generator | None]) -> TokenBatch:
         """Crops with a caption; without a generator the beginning, with the first caption."""
@@ -263,10 +267,15 @@ class TokenData:
 
 
 class TokenEval:
-    """The evaluation batches of this process: beginnings of clips, each with its first caption."""
+    """The evaluation batches of this process: beginnings of clips, each with its first caption.
 
-    def __init__(self, config: TokenConfig, rank: int = 0, world_size: int = 1):
-        self.clips = _Clips(config.dev, config, "data.dev")
+    ``like``: what the codes of training were made with; others are a ConfigError.
+    """
+
+    def __init__(
+        self, config: TokenConfig, rank: int = 0, world_size: int = 1, like: TokenIndex | None = None
+    ):
+        self.clips = _Clips(config.dev, config, "data.dev", like)
         count = len(self.clips.places)
         order = sorted(range(count), key=lambda clip: (self._frames(clip), clip))
         size = config.batch_size

@@ -105,6 +105,8 @@ def verify(name: str | Path, cache_dir: str | Path | None = None, offline: bool 
 
 
 def _is_codec(folder: Path) -> bool:
+    from nar_speech.codec import maskgct
+
     if not folder.is_dir():
         return False
     if (folder / CONFIG_FILE).is_file():
@@ -112,6 +114,8 @@ def _is_codec(folder: Path) -> bool:
         return isinstance(card, dict) and card.get("task") == "codec"
     if (folder / "config.json").is_file():
         return configs.read_yaml(folder / "config.json").get("model_type") in CODEC_TYPES
+    if maskgct.official_folder(folder) is not None:
+        return True
     return any(
         path.suffix in (".th", ".pth") or path.name == "compression_state_dict.bin"
         for path in folder.iterdir()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from nar_speech import config as configs
@@ -40,7 +41,10 @@ def read_card(name: str) -> ModelCard:
 
 
 def resolve(
-    name: str | Path = "default", cache_dir: str | Path | None = None, offline: bool | None = None
+    name: str | Path = "default",
+    cache_dir: str | Path | None = None,
+    offline: bool | None = None,
+    only: Sequence[str] | None = None,
 ) -> Path:
     """The local folder of a model, or its ``.nemo`` file, downloaded first if need be.
 
@@ -50,6 +54,7 @@ def resolve(
             is given as ``./name``.
         cache_dir: of downloads; default: the environment variable NAR_SPEECH_CACHE, else the hub's own.
         offline: use only what has been downloaded before; default: the environment variable HF_HUB_OFFLINE.
+        only: patterns of the files of a repository that are needed, ``codec/*`` for example; None: all.
 
     Raises:
         HubError: unknown name, no such folder, no network, no such repository; the message says which.
@@ -76,11 +81,16 @@ def resolve(
     match = _HUB_ID.match(ALIASES.get(text, text))
     if match is None:
         raise HubError(_unknown(text))
-    return _download(text, match[1], match[2], cache_dir, offline)
+    return _download(text, match[1], match[2], cache_dir, offline, only)
 
 
 def _download(
-    name: str, repository: str, revision: str | None, cache_dir: str | Path | None, offline: bool | None
+    name: str,
+    repository: str,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    offline: bool | None,
+    only: Sequence[str] | None,
 ) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -102,6 +112,7 @@ def _download(
                 revision=revision,
                 cache_dir=cache,
                 local_files_only=offline,
+                allow_patterns=None if only is None else list(only),
                 # Weights, configurations, vocabularies: no code, no pictures, no sample recordings.
                 ignore_patterns=[
                     "*.py",

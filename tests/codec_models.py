@@ -11,6 +11,7 @@ from torch import nn
 from nar_speech.codec.base import Codec
 from nar_speech.codec.dac import DacCodec
 from nar_speech.codec.encodec import EncodecCodec
+from nar_speech.codec.maskgct import DecoderConfig, EncoderConfig, MaskGCTCodec, MaskGCTCodecConfig
 from nar_speech.codec.mimi import MimiCodec
 from nar_speech.codec.spectral import SpectralCodec, SpectralCodecConfig
 from nar_speech.codec.vocos import BackboneConfig, Vocos, VocosConfig
@@ -58,6 +59,16 @@ MIMI = {
     "head_dim": 4,
     "sliding_window": 7,
 }
+MASKGCT = {
+    "in_channels": 6,
+    "num_quantizers": 3,
+    "codebook_size": 16,
+    "codebook_dim": 4,
+    "vocos_dim": 8,
+    "vocos_intermediate_dim": 12,
+    "vocos_num_layers": 2,
+    "upsample_initial_channel": 12,
+}
 SPECTRAL = {
     "sample_rate": 2000,
     "hop": 16,
@@ -89,8 +100,20 @@ BUILDERS: dict[str, Callable[[], Codec]] = {
     "dac": lambda: DacCodec({**DAC, "downsampling_ratios": [2, 4]}),
     "dac, odd strides": lambda: DacCodec({**DAC, "downsampling_ratios": [3, 5], "hidden_size": 6}),
     "mimi": lambda: MimiCodec(MIMI),
+    "maskgct": lambda: maskgct((3, 4), hop_size=12, n_fft=48),
+    "maskgct, no tail, centred, by distance": lambda: maskgct(
+        (3, 3), False, hop_size=9, n_fft=20, padding="center", codebook_dim=6, use_l2_normlize=False
+    ),
+    "maskgct, convolutions": lambda: maskgct((3, 4), use_vocos=False, up_ratios=(4, 3)),
     "spectral": lambda: SpectralCodec(SpectralCodecConfig(**SPECTRAL)),
 }
+
+
+def maskgct(ratios: tuple[int, ...], pad_tail: bool = True, **decoder) -> MaskGCTCodec:
+    """The acoustic codec of MaskGCT with strides ``ratios``."""
+    encoder = EncoderConfig(2, ratios, MASKGCT["in_channels"], use_tanh=not pad_tail)
+    config = MaskGCTCodecConfig(encoder, DecoderConfig(**{**MASKGCT, **decoder}), 2000, pad_tail)
+    return MaskGCTCodec(config)
 
 
 @cache

@@ -105,7 +105,7 @@ def test_wrong_input_is_one_clear_line(name):
 
 
 def test_every_kind_is_listed():
-    assert set(CODECS) == {"encodec", "dac", "mimi", "spectral"}
+    assert set(CODECS) == {"encodec", "dac", "mimi", "spectral", "maskgct"}
     assert {type(codec(name)) for name in BUILDERS} == set(CODECS.values())
 
 

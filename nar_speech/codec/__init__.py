@@ -3,6 +3,7 @@
 from nar_speech.codec.base import Codec
 from nar_speech.codec.dac import DacCodec
 from nar_speech.codec.encodec import EncodecCodec
+from nar_speech.codec.maskgct import MaskGCTCodec
 from nar_speech.codec.mimi import MimiCodec
 from nar_speech.codec.spectral import SpectralCodec
 
@@ -10,5 +11,6 @@ CODECS: dict[str, type[Codec]] = {
     "encodec": EncodecCodec,
     "dac": DacCodec,
     "mimi": MimiCodec,
+    "maskgct": MaskGCTCodec,
     "spectral": SpectralCodec,
 }

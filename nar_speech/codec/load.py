@@ -1,4 +1,4 @@
-"""From a name to a codec: our folders, those of transformers, and the files of audiocraft, encodec and DAC.
+"""From a name to a codec: our folders, transformers', MaskGCT's, files of audiocraft, encodec and DAC.
 
 ``load_codec`` tells them apart by what is in them; every failure is one line that names the file.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from nar_speech import config as configs
 from nar_speech import locate
 from nar_speech.checkpoint import SkipInit, load_strict, read_tree, read_weights
-from nar_speech.codec import dac, encodec, mimi
+from nar_speech.codec import dac, encodec, maskgct, mimi
 from nar_speech.codec.base import Codec
 from nar_speech.codec.dac import DacCodec
 from nar_speech.codec.encodec import EncodecCodec
@@ -36,10 +36,13 @@ ALIASES = {
     "dac_24khz": "descript/dac_24khz",
     "dac_44khz": "descript/dac_44khz",
     "mimi": "kyutai/mimi",
+    "maskgct": "amphion/MaskGCT",
 }
+PARTS = {"amphion/MaskGCT": (f"{maskgct.FOLDER}/*",)}  # of a repository that holds more than the codec
 ACCEPTED = (
     "our folder (model.yaml), a folder of transformers (config.json of encodec, dac or mimi), audiocraft's"
-    " compression_state_dict.bin, a .th file of the encodec package, DAC's weights.pth"
+    " compression_state_dict.bin, a .th file of the encodec package, DAC's weights.pth, a folder of MaskGCT"
+    " (acoustic_codec)"
 )
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 AUDIOCRAFT_FILE = "compression_state_dict.bin"
@@ -107,7 +110,7 @@ def _place(name: str | Path, cache_dir: str | Path | None, offline: bool | None)
         raise HubError(
             f"{wanted or '(empty name)'}: no such codec or file; give one of {known}, a path or a hub id"
         )
-    return locate.resolve(wanted, cache_dir, offline)
+    return locate.resolve(wanted, cache_dir, offline, PARTS.get(str(wanted).partition("@")[0]))
 
 
 def _from_folder(folder: Path, title: str) -> Codec | str:
@@ -122,6 +125,9 @@ def _from_folder(folder: Path, title: str) -> Codec | str:
         return read_codec_folder(folder)[0]
     if (folder / "config.json").is_file():
         return _from_transformers(folder, title)
+    official = maskgct.official_folder(folder)
+    if official is not None:
+        return maskgct.load_official(official, "maskgct" if title == maskgct.FOLDER else title)
     if (folder / "config.yaml").is_file() and "head" in configs.read_yaml(folder / "config.yaml"):
         raise ConfigError(f"{folder}: is a vocoder (Vocos), which has no tokens; a codec is needed")
     found = [folder / AUDIOCRAFT_FILE] if (folder / AUDIOCRAFT_FILE).is_file() else []

@@ -100,6 +100,23 @@ class Head(nn.Module, abc.ABC):
         """Waves (B, N) of frames (B, T, D), T >= 1."""
         return self.step(x, self.init_state(x.shape[0], x), True)[0]
 
+    def rows(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of several lengths, each as if alone; behind the end of one there may be anything.
+
+        Args:
+            x: (B, T, D).
+            lengths: (B,) frames.
+
+        Returns:
+            waves (B, N) and lengths (B,) samples.
+        """
+        there = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[:, :, None]
+        waves = _overlapped(self.frames(x).masked_fill(~there, 0.0), self.hop)
+        if self.squared is not None:
+            waves = waves / _overlapped(self.squared * there, self.hop).clamp(min=1e-11)
+        ends = (lengths - 1) * self.hop + self.window_size - 2 * self.trim
+        return self.finished(waves[:, self.trim :]), ends.clamp(min=0) * (lengths > 0)
+
     def init_state(self, batch: int, like: Tensor) -> HeadState:
         """The state of ``batch`` streams."""
         zeros = like.new_zeros(batch, self.window_size - self.hop)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 RECIPE = Path(__file__).parent.parent / "egs" / "mini_sound"
 SCRIPTS = "base captions classifier compose effects heard make_cuts midi real_sounds"
-SCRIPTS += " render render_music results synthesis"
+SCRIPTS += " make_sounds render render_music results synthesis"
 # Of mini_en, which these import.
 OTHERS = "asterisk common development prepare_eval prepare_real reserved words speech"
 

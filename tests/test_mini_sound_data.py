@@ -553,6 +553,7 @@ def test_run_sh_explains_itself_and_refuses_nonsense(tmp_path):
         (["--colour", "red"], "unknown option --colour"),
         (["--seed"], "--seed needs a value"),
         (["--seed", "x"], "--seed must be a whole number"),
+        (["--processes", "0"], "--processes must be 1 to 8"),
         (["--hours-music", "x"], "--hours-music must be a number"),
         (["--shared-data", str(tmp_path / "no")], "--shared-data: no folder"),
         (["--speech", str(tmp_path)], "run stage 0 of mini_en"),
@@ -561,3 +562,32 @@ def test_run_sh_explains_itself_and_refuses_nonsense(tmp_path):
         assert said.returncode == 2
         assert message in said.stderr
         assert len(said.stderr.splitlines()) == 1
+
+
+# ---- clips that are judged --------------------------------------------------------------------------------
+
+
+def test_clips_of_another_model_are_not_judged_for_this_one(local, tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    made = tmp_path / "made"
+    local.make_sounds.same_maker(made, tmp_path / "one", 6, {"steps": [2]})
+    local.make_sounds.same_maker(made, tmp_path / "one", 6, {"steps": [2]})
+    for model, asked in (("two", (6, {"steps": [2]})), ("one", (6, {"steps": [3]}))):
+        with pytest.raises(SystemExit):
+            local.make_sounds.same_maker(made, tmp_path / model, *asked)
+        assert "another model or other options" in capsys.readouterr().err
+
+
+def test_held_out_manifests_are_those_that_are_there(tmp_path):
+    script = (RECIPE / "run.sh").read_text()
+    function = script[script.index("held_out() {") :]
+    function = function[: function.index("\n}\n") + 3]
+    (tmp_path / "cuts").mkdir()
+    command = f'set -euo pipefail; work={tmp_path}; {function}\nheld_out; printf "%s\\n" "${{dev[@]}}"'
+    for names in (["effects", "music"], ["esc10", "effects", "music"]):
+        for name in names:
+            (tmp_path / f"cuts/eval_{name}.jsonl.gz").touch()
+        said = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+        assert said.split() == [f"{tmp_path}/cuts/eval_{name}.jsonl.gz" for name in names]

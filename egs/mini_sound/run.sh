@@ -77,6 +77,7 @@ done
 for number in stage stop_stage jobs processes seed; do
   [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number//_/-} must be a whole number, got '${!number}'"
 done
+if [ "$processes" -lt 1 ] || [ "$processes" -gt 8 ]; then fail "--processes must be 1 to 8, got $processes"; fi
 for number in hours_music hours_effects codec_minutes model_minutes; do
   [[ ${!number} =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--${number//_/-} must be a number, got '${!number}'"
 done
@@ -101,10 +102,15 @@ music() {
   py render_music --work "$work" --hours "$hours_music" --jobs "$jobs" --seed "$seed" --sound-font "$sound_font"
 }
 manifests() { py make_cuts --work "$work" --speech "${speech:-$work}" --seed "$seed"; }
+# The manifests of sounds that nothing is trained on, into the caller's array dev.
+held_out() {
+  dev=("$work"/cuts/eval_{effects,music}.jsonl.gz)
+  if [ -e "$work/cuts/eval_esc10.jsonl.gz" ]; then dev=("$work/cuts/eval_esc10.jsonl.gz" "${dev[@]}"); fi
+}
 # Scored on recordings that it hasn't heard; later it says what generated sounds sound like.
 classifier() {
-  local cuts="$work/cuts" dev=("$work"/cuts/eval_{music,effects}.jsonl.gz)
-  if [ -e "$cuts/eval_esc10.jsonl.gz" ]; then dev=("$cuts/eval_esc10.jsonl.gz" "${dev[@]}"); fi
+  local cuts="$work/cuts" dev
+  held_out
   py classifier train "$cuts/sound_train.jsonl.gz" -o "$work/classifier.safetensors" --seed "$seed" \
     2>&1 | tee "$work/log/classifier.log"
   py classifier score "$work/classifier.safetensors" "${dev[@]}" --json "$work/scores/classifier.json" \
@@ -138,9 +144,10 @@ magnet() {
 }
 codec_scores() { py score_codec --work "$work" --codec "$work/codec" --out "$work/scores/codec.json"; }
 sounds() {
-  local cuts="$work/cuts"
+  local dev
+  held_out
   py make_sounds generate --model "$work/exp/magnet/model" --out "$work/made/generated" --seed "$seed"
-  py make_sounds code --codec "$work/codec" --out "$work/made/coded" "$cuts"/eval_{esc10,effects,music}.jsonl.gz
+  py make_sounds code --codec "$work/codec" --out "$work/made/coded" "${dev[@]}"
   py classifier score "$work/classifier.safetensors" "$work/made/generated" "$work/made/coded" \
     --json "$work/scores/sounds.json"
 }

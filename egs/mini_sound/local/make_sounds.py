@@ -3,11 +3,13 @@
     python make_sounds.py generate --model work/model --out work/made/generated [--each 6] [key=value ...]
     python make_sounds.py code --codec work/codec --out work/made/coded --codebooks 4 MANIFEST ...
 
-Both write one folder for each class, as `classifier.py score` reads them. Clips that are there are kept.
-key=value: options of generation, such as steps or cfg.
+Both write one folder for each class, as `classifier.py score` reads them. Clips that are there are kept; a
+folder made by another model or with other options is refused.
+key=value: options of generation, such as steps=[20,10,10,10] or guidance=5.
 """
 
 import argparse
+import json
 import random
 from collections import defaultdict
 from pathlib import Path
@@ -19,6 +21,7 @@ from base import RATE, fail, notice, write_flac
 from captions import all_captions, classes
 from lhotse import CutSet
 
+from nar_speech.checkpoint import sha256
 from nar_speech.codec.folder import read_codec_folder
 from nar_speech.data import read_cut
 from nar_speech.errors import NarSpeechError
@@ -54,8 +57,11 @@ def main() -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Captions of each class in random order, one clip each, seeds that depend on nothing else."""
-    generator = SoundGenerator.from_folder(args.model)
+    if wrong := [word for word in args.options if "=" not in word]:
+        fail(f"{wrong[0]}: expected key=value, for example guidance=5")
     options = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in args.options)}
+    generator = SoundGenerator.from_folder(args.model)
+    same_maker(args.out, args.model, args.each, args.seconds, args.seed, options)
     captions = defaultdict(list)
     for caption, names in all_captions().items():
         captions[names[0]].append(caption)
@@ -77,9 +83,22 @@ def generate(args: argparse.Namespace) -> None:
         notice(f"{min(begin + 8, len(prompts))} of {len(prompts)} clips")
 
 
+def same_maker(out: Path, model: Path, *settings: object) -> None:
+    """Note in ``out`` what makes its clips; end where something else has begun it."""
+    note = out / "made.json"
+    maker = json.dumps([sha256(model / "model.safetensors"), *settings])
+    if note.is_file() and note.read_text() != maker:
+        fail(f"{out}: has clips of another model or other options; remove it or name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    note.write_text(maker)
+
+
 def through_codec(args: argparse.Namespace) -> None:
     """The first clips of each class."""
     codec, _ = read_codec_folder(args.codec)
+    if missing := [path for path in args.manifest if not path.is_file()]:
+        fail(f"{missing[0]}: no such file")
+    same_maker(args.out, args.codec, args.codebooks, args.each)
     count: dict[str, int] = defaultdict(int)
     known = set(classes())
     for manifest in args.manifest:

@@ -22,7 +22,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.golden_kinds import codec, ctc, fastconformer, magnet, magnet_sampling, maskgct, paraformer
+from tests.golden_kinds import (
+    codec,
+    ctc,
+    fastconformer,
+    magnet,
+    magnet_sampling,
+    maskgct,
+    maskgct_codec,
+    paraformer,
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,7 @@ HANDLERS: dict[tuple[str, str], Handler] = {
     **{("magnet", kind): handler for kind, handler in magnet_sampling.HANDLERS.items()},
     **{("codec", kind): handler for kind, handler in codec.HANDLERS.items()},
     **{("maskgct", kind): handler for kind, handler in maskgct.HANDLERS.items()},
+    **{("maskgct", kind): handler for kind, handler in maskgct_codec.HANDLERS.items()},
 }
 
 

@@ -182,11 +182,14 @@ class IstftHead(Head):
         """The squared window."""
         return self.istft.window.square()
 
+    def spectra(self, x: Tensor) -> Tensor:
+        """Complex spectra (B, T, n_fft / 2 + 1) of frames (B, T, D)."""
+        magnitude, phase = self.out(x).chunk(2, 2)
+        return torch.polar(magnitude.exp().clamp(max=LARGEST), phase)
+
     def frames(self, x: Tensor) -> Tensor:
         """See :class:`Head`."""
-        magnitude, phase = self.out(x).chunk(2, 2)
-        spectra = torch.polar(magnitude.exp().clamp(max=LARGEST), phase)
-        return torch.fft.irfft(spectra, self.window_size, dim=2) * self.istft.window
+        return torch.fft.irfft(self.spectra(x), self.window_size, dim=2) * self.istft.window
 
 
 class Mdct(nn.Module):

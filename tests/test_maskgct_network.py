@@ -424,6 +424,20 @@ def test_weights_of_layers():
         layer_weights(1, first=False)
 
 
+def test_training_in_bfloat16():
+    network = loud(T2S(T2S_CONFIG)).train()
+    lengths, codes = torch.tensor([12, 9]), ids(13, 2, 12)
+    batch = mask_semantic(codes, lengths, draw_step(lengths, 12, torch.Generator().manual_seed(0)), 13)
+    phones = ids(9, 2, 4), torch.tensor([4, 0])  # the second without: phones may be dropped item by item
+    want = t2s_loss(network, batch, *phones)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = t2s_loss(network, batch, *phones)["loss"]
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(want.item(), rel=0.05)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
 def test_losses_fall():
     """A few steps on one batch: gradients reach everything."""
     generator = torch.Generator().manual_seed(0)

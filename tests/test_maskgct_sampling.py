@@ -20,8 +20,10 @@ from nar_speech.pipelines.maskgct_stages import (
     sample_layers,
     sample_semantic,
 )
+from nar_speech.sampling.codebooks import CodebookConfig, sample_codebooks
 from nar_speech.sampling.draws import RecordedDraws, seeded
 from nar_speech.sampling.masked import masked_sample
+from nar_speech.sampling.trace import Trace
 
 SMALL = {"width": 24, "num_blocks": 2, "heads": 3, "hidden_scale": 2}
 V, A, K = 19, 17, 3
@@ -292,6 +294,31 @@ def test_no_second_pass_without_guidance():
     rules = StageOptions((5,), cfg=0.0).config(V)
     result = masked_sample(network, empty, empty.bool(), torch.tensor([10]), rules, seeded([0]), mask_id=V)
     assert network.passes == result.calls == 5
+
+
+def test_the_first_layers_alone_can_be_guided():
+    codes = torch.zeros(1, K, 10, dtype=torch.int64)
+    rules = StageOptions((3, 2), temperature=1.5).config(A)
+    passes = {}
+    for layers in (0, 1, 2):
+        network = predictor(FULL, [acoustic_item(3, 10)], guided_layers=layers)
+        arguments = network, codes, codes.bool(), torch.tensor([10]), CodebookConfig((3, 2), rules)
+        sample_codebooks(*arguments, seeded([0]), mask_id=A)
+        passes[layers] = network.passes
+    assert passes == {0: 14, 1: 10, 2: 12}
+
+
+def test_steps_can_be_watched():
+    trace, done = Trace(), []
+    options = StageOptions((3, 2), temperature=1.5)
+    made = sample_layers(
+        *(FULL, [acoustic_item(3, 10)], seeded([0]), options),
+        trace=trace,
+        on_step=lambda *numbers: done.append(numbers),
+    )
+    assert done == [(i, 7) for i in range(1, 8)]
+    assert trace.item(0).stage.tolist() == [0] * 3 + [1] * 2 + [2] * 2
+    assert trace.item(0).tokens[-1].tolist() == made[0][2].tolist()
 
 
 def test_defaults_are_the_official_ones():

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nar_speech.config import check_range
+from nar_speech.config import MAX_WIDTH, check_range
 from nar_speech.errors import InputError
 from nar_speech.layers.diffllama import PackedLayout
 from nar_speech.models.maskgct import S2A, T2S, Conditions, S2AItem, T2SItem
@@ -39,17 +39,20 @@ class PredictorOptions:
     Attributes:
         rescale: part of the guided embeddings that is brought back to the deviation of those with prompt.
         batch_deviation: that deviation over all items together, as the official code takes it.
+        guided_layers: guide only so many first layers of acoustic codes, for speed; 0: all.
         one_by_one: items one after the other; None: on a CPU.
         all_positions: give logits (R, T, V) of all positions, not only of those that are read.
     """
 
     rescale: float = 0.75
     batch_deviation: bool = False
+    guided_layers: int = 0
     one_by_one: bool | None = None
     all_positions: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, 0.0, 1.0, "rescale")
+        check_range(self, 0, MAX_WIDTH, "guided_layers")
 
 
 class MaskGCTPredictor:
@@ -92,7 +95,8 @@ class MaskGCTPredictor:
         """
         if max(step.items, default=0) >= len(self.items):
             raise InputError(f"item {max(step.items)}: there are conditions for {len(self.items)} only")
-        strength = [g - 1 if step.guided and abs(g - 1) > CERTAIN else 0.0 for g in step.guidance.tolist()]
+        guided = step.guided and not 0 < self.options.guided_layers <= step.stage
+        strength = [g - 1 if guided and abs(g - 1) > CERTAIN else 0.0 for g in step.guidance.tolist()]
         lengths = step.lengths.tolist()
         rows = range(len(lengths))
         parts = [
@@ -100,13 +104,13 @@ class MaskGCTPredictor:
             for chosen in ([[row] for row in rows] if self.one_by_one else [list(rows)])
             for pair in self._passes(tokens, step, chosen, lengths, strength)
         ]
-        guided = self._guide(parts, strength)
+        out = self._guide(parts, strength)
         if not self.options.all_positions:
-            read = [x[step.active[row, : lengths[row]]] for row, x in enumerate(guided)]
+            read = [x[step.active[row, : lengths[row]]] for row, x in enumerate(out)]
             if self.one_by_one:  # the same product whatever the mates
                 return torch.cat([self._head(x, step.stage) for x in read]), None
             return self._head(torch.cat(read), step.stage), None
-        heads = [self._head(x, step.stage) for x in guided]
+        heads = [self._head(x, step.stage) for x in out]
         logits = heads[0].new_zeros(*step.active.shape, heads[0].shape[-1])
         for row, part in enumerate(heads):
             logits[row, : len(part)] = part

@@ -20,6 +20,7 @@ from nar_speech.sampling.codebooks import CodebookConfig, sample_codebooks
 from nar_speech.sampling.config import MaskedConfig, maskgct_config
 from nar_speech.sampling.draws import Draws, GeneratorDraws
 from nar_speech.sampling.masked import masked_sample
+from nar_speech.sampling.trace import Trace
 
 FREE = -1  # a code that is to be made
 Source = Draws | Sequence[torch.Generator] | None
@@ -77,6 +78,7 @@ def sample_semantic(
     *,
     given: Sequence[Tensor] | None = None,
     priority: Tensor | None = None,
+    trace: Trace | None = None,
     on_step: Callable[[int, int], None] | None = None,
     **predicting: Any,
 ) -> list[Tensor]:
@@ -88,6 +90,7 @@ def sample_semantic(
         draws: a generator for each item, or recorded draws.
         given: (T,) int64 codes of each item that stay as they are, -1 where one is to be made.
         priority: see :func:`nar_speech.sampling.masked.masked_sample`.
+        trace: is filled with every step.
         on_step: called with (calls done, calls at most).
         predicting: fields of :class:`nar_speech.models.maskgct_predictor.PredictorOptions`.
 
@@ -108,6 +111,7 @@ def sample_semantic(
         draws,
         mask_id=network.mask_id,
         priority=priority,
+        trace=trace,
         on_step=on_step,
     )
     return [row[:length] for row, length in zip(result.tokens, lengths, strict=True)]
@@ -120,6 +124,7 @@ def sample_layers(
     options: StageOptions = FIRST_LAYER,
     *,
     given: Sequence[Tensor] | None = None,
+    trace: Trace | None = None,
     on_step: Callable[[int, int], None] | None = None,
     **predicting: Any,
 ) -> list[Tensor]:
@@ -128,7 +133,7 @@ def sample_layers(
     Args:
         items: semantic codes and acoustic prompts; a target is as long as the former without the latter.
         given: (K', T) int64 codes of each item's first layers that stay, -1 where one is to be made.
-        draws, on_step, predicting: see :func:`sample_semantic`.
+        draws, trace, on_step, predicting: see :func:`sample_semantic`.
 
     Returns:
         (K, T) int64 codes of each item's target.
@@ -146,6 +151,7 @@ def sample_layers(
         CodebookConfig(options.steps, options.config(network.mask_id)),
         draws,
         mask_id=network.mask_id,
+        trace=trace,
         on_step=on_step,
     )
     return [row[:, :length] for row, length in zip(result.tokens, lengths, strict=True)]

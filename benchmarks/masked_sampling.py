@@ -1,7 +1,7 @@
 """Quality against calls of the network, for every way of masked sampling with fewer or cheaper steps.
 
-    python -m benchmarks.masked_sampling MODEL -o exp/masked_sampling [--prompts FILE] [--duration S] [--seeds
-        N] [--scorer package.module:function] [--device cpu] [--quick]
+    python -m benchmarks.masked_sampling MODEL -o exp/masked_sampling [--prompts FILE] [--duration S]
+        [--seeds N] [--scorer package.module:function] [--device cpu] [--quick]
 
 MODEL is a folder or name of a model that ``nar-speech generate`` takes. Written are results.json, table.md,
 curves.png and steps_<way>.png, one picture of the unmasking per way.
@@ -14,9 +14,9 @@ Per setting:
   the codes fit together; low values also come from dull sounds, so look at ``entropy`` too;
 - ``entropy``: of the codes in use, in bits, over all clips, mean of the codebooks;
 - ``agreement``: share of codes equal to those of the reference (the longest plain schedule) with the same
-seeds; - ``score``: mean of the scorer, a function (clips: list of Audio, prompts: list of str) -> list of
-numbers, for
-  example the probability that a classifier of sounds gives the right class.
+  seeds;
+- ``score``: mean of the scorer, a function (clips: list of Audio, prompts: list of str) -> list of numbers,
+  for example the probability that a classifier of sounds gives the right class.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nar_speech.errors import ConfigError
+from nar_speech.errors import ConfigError, InputError, NarSpeechError
 from nar_speech.pipelines.generate import SoundGenerator, SoundResult
 from nar_speech.pipelines.plot_steps import plot_steps
 from nar_speech.pipelines.sound_model import resolve_sound
@@ -151,6 +151,9 @@ def measure(
     drawn: set[str] = set()
     texts = [prompt for prompt in prompts for _ in seeds]
     numbers = [seed for _ in prompts for seed in seeds]
+    if not texts:
+        raise InputError("nothing to measure: give at least one prompt and one seed")
+    generator.conditioner(texts)  # which keeps them: no setting's time has the text encoder in it
     for point in points:
         draw = folder is not None and point.way not in drawn
         started = time.perf_counter()
@@ -250,6 +253,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--quick", action="store_true", help="one point of every way")
     options = parser.parse_args(arguments)
+    try:
+        return run(options)
+    except (NarSpeechError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and write; returns the exit code."""
     scorer = load_scorer(options.scorer) if options.scorer else None
     prompts = list(PROMPTS)
     if options.prompts is not None:

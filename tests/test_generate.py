@@ -485,6 +485,30 @@ def test_without_the_embedded_model_the_error_says_so(tmp_path, capsys, monkeypa
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--duration", "-1"), "above 0"),
+        (("--seeds", "0"), "nothing to measure"),
+        (("--prompts", "no.txt"), "no.txt"),
+        (("--scorer", "nope"), "package.module:function"),
+    ],
+)
+def test_the_benchmark_of_masked_sampling_says_what_is_wrong(
+    generator, tmp_path, monkeypatch, capsys, words, message
+):
+    from benchmarks import masked_sampling as benchmark
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "resolve_sound", lambda name: name)
+    monkeypatch.setattr(benchmark.SoundGenerator, "from_folder", classmethod(lambda cls, *parts: generator))
+    assert benchmark.main(["model", "-o", str(tmp_path / "out"), "--quick", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
 def test_the_benchmark_of_masked_sampling_writes_its_files(generator, tmp_path, monkeypatch, capsys):
     from benchmarks import masked_sampling as benchmark
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nar_speech.codec import rows
+from nar_speech.codec import rows, stream
 from nar_speech.errors import InputError
 from tests.codec_models import BUILDERS, codec, vocos, waves
 
@@ -83,6 +83,21 @@ def test_a_decoder_in_pieces_gives_the_sound_of_the_whole(name, frames, cuts, em
     whole = made.decode(codes)[0]
     assert whole.shape[2] > 0 or frames < 4
     assert_same(decoded(made, codes.tokens, cuts, codes.scales, empty_end), whole)
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "replicate"])
+@pytest.mark.parametrize(
+    ("left", "right", "stride", "fill"), [(4, 0, 2, True), (2, 2, 1, False), (0, 4, 3, True)]
+)
+def test_a_convolution_pads_every_row_where_it_ends(mode, left, right, stride, fill):
+    torch.manual_seed(0)
+    op = stream.Conv(torch.nn.Conv1d(3, 2, 5, stride).requires_grad_(False), left, right, mode, fill)
+    x, lengths = torch.randn(5, 3, 9), torch.tensor([9, 1, 2, 4, 8])
+    ours, counts = op.rows(x, lengths)
+    want, wanted = stream.Op.rows(op, x, lengths)
+    assert torch.equal(counts, wanted)
+    for row, count in enumerate(counts.tolist()):
+        torch.testing.assert_close(ours[row, :, :count], want[row, :, :count])
 
 
 @pytest.mark.parametrize("name", BUILDERS)

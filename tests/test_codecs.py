@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nar_speech.checkpoint import compare_shapes
-from nar_speech.codec import CODECS, dac, encodec, mimi
+from nar_speech.codec import CODECS, dac, encodec, mimi, rows
 from nar_speech.codec.dac import DacCodec
 from nar_speech.codec.encodec import EncodecCodec
 from nar_speech.codec.mimi import MimiCodec
@@ -42,16 +42,105 @@ def test_a_row_gives_what_it_gives_alone(name, lengths):
         assert not wave[row, :, ends[row] :].any()
 
 
+PADDED = [
+    n for n in BUILDERS if not any(word in n for word in ("chunks", "renormalised", "norm over", "spec"))
+]
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_rows_of_several_lengths_run_at_once_and_as_if_alone(name, monkeypatch):
+    made, draw = codec(name), torch.Generator().manual_seed(0)
+    monkeypatch.setattr(rows, "LEAST_FILLED_CPU", 0.01)
+    for longest in (3, 2 * made.hop, 400):
+        lengths = torch.randint(1, longest, (4,), generator=draw)
+        lengths[1] = longest
+        sound = waves(made, 4, longest, seed=longest)
+        assert [length for length, _ in made._groups(lengths, made.sample_rate)] == [None]
+        codes = made.encode(sound, lengths, 2)
+        wave, ends = made.decode(codes)
+        for row, length in enumerate(lengths.tolist()):
+            alone = made.encode(sound[row : row + 1, :, :length], None, 2)
+            frames, end = int(codes.lengths[row]), int(ends[row])
+            assert torch.equal(codes.tokens[row, :, :frames], alone.tokens[0])
+            assert not codes.tokens[row, :, frames:].any()
+            single = made.decode(alone)[0][0]
+            assert single.shape[1] == end
+            torch.testing.assert_close(wave[row, :, :end], single, atol=1e-5, rtol=1e-4)
+            assert not wave[row, :, end:].any()
+
+
+def test_only_rows_of_similar_lengths_are_padded():
+    made = codec("mimi")
+    lengths = torch.tensor([100, 50, 95, 0, 50, 30])
+    assert list(made._groups(lengths, made.sample_rate)) == [
+        (None, [0, 2]),
+        (50, [1, 4]),
+        (30, [5]),
+        (0, [3]),
+    ]
+    hour = torch.tensor([3600, 3590]) * made.sample_rate
+    assert list(made._groups(hour, made.sample_rate)) == [(int(n), [row]) for row, n in enumerate(hour)]
+
+
 @pytest.mark.parametrize("name", BUILDERS)
 def test_what_lies_behind_a_row_is_not_looked_at(name):
     made = codec(name)
     sound = waves(made, 2, 200)
     lengths = torch.tensor([200, 90])
     codes = made.encode(sound, lengths)
-    sound[1, :, 90:] = 7.0
-    again = made.encode(sound, lengths)
     frames = int(codes.lengths[1])
-    assert torch.equal(again.tokens[1, :, :frames], codes.tokens[1, :, :frames])
+    for what in (7.0, math.nan):
+        sound[1, :, 90:] = what
+        again = made.encode(sound, lengths)
+        assert torch.equal(again.tokens[1, :, :frames], codes.tokens[1, :, :frames])
+    tokens = codes.tokens.clone()
+    tokens[1, :, frames:] = -1
+    again = made.decode(dataclasses.replace(codes, tokens=tokens))[0]
+    torch.testing.assert_close(again, made.decode(codes)[0])
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_nothing_becomes_nothing_and_a_row_of_nothing_harms_no_other(name):
+    made = codec(name)
+    sound = waves(made, 2, 40)
+    codes = made.encode(sound[:, :, :0])
+    assert codes.tokens.shape == (2, made.num_codebooks, 0)
+    wave, ends = made.decode(codes)
+    assert (wave.shape, ends.tolist()) == ((2, made.channels, 0), [0, 0])
+    codes = made.encode(sound, torch.tensor([0, 40]))
+    alone = made.encode(sound[1:])
+    assert codes.lengths.tolist() == [0, alone.tokens.shape[2]]
+    torch.testing.assert_close(made.decode(codes)[0][1:], made.decode(alone)[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_samples_of_any_float_type(name):
+    made = codec(name)
+    sound = waves(made, 1, 60).half()
+    assert torch.equal(made.encode(sound).tokens, made.encode(sound.double()).tokens)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_wrong_steps_of_a_stream_are_one_clear_line(name):
+    made = codec(name)
+    sound = waves(made, 2, 40)
+    encoder, decoder = made.init_encoder(2), made.init_decoder(2)
+    tokens = torch.zeros(3, made.num_codebooks, 2, dtype=torch.int64)
+    for call, error in (
+        (lambda: made.encode_step(torch.cat([sound, sound], 1), encoder), AudioError),
+        (lambda: made.encode_step(sound * math.nan, encoder), AudioError),
+        (lambda: made.encode_step(sound[:1], encoder), InputError),
+        (lambda: made.decode_step(tokens, decoder), InputError),
+        (lambda: made.init_encoder(1, made.num_codebooks + 1), ConfigError),
+    ):
+        with pytest.raises(error) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+        assert made.name in str(caught.value)
+    if made.has_scales:
+        for scales in (torch.ones(3, 1), torch.ones(2), torch.ones(2, 1) * math.nan, None):
+            with pytest.raises(InputError, match="scales"):
+                made.give_scales(decoder, scales)
 
 
 @pytest.mark.parametrize("name", BUILDERS)

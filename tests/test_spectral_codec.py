@@ -109,9 +109,10 @@ def test_transform_and_back_is_the_signal(hop, frames):
     torch.testing.assert_close(again, waves, atol=2e-5, rtol=1e-4)
 
 
-def test_starts_as_a_transform_codec():
+@pytest.mark.parametrize("kind", [{}, {"quantizer": "fsq", "steps": [9, 9], "num_codebooks": 8}])
+def test_starts_as_a_transform_codec(kind):
     torch.manual_seed(0)
-    config = SpectralCodecConfig(hop=64, width=32, code_width=16, encoder_blocks=1, decoder_blocks=1)
+    config = SpectralCodecConfig(hop=64, width=32, code_width=16, encoder_blocks=1, decoder_blocks=1, **kind)
     codec = SpectralCodec(config).eval()
     time = torch.arange(6400) / 16000
     waves = torch.stack([0.3 * torch.sin(2 * torch.pi * f * time) for f in (180.0, 310.0, 770.0, 1200.0)])

@@ -8,6 +8,7 @@ Letters: B batch, C channels, N samples, T frames, K codebooks, D width of the l
 from __future__ import annotations
 
 import abc
+import dataclasses
 from typing import Any
 
 import torch
@@ -56,13 +57,14 @@ class Codec(nn.Module, abc.ABC):
         """Tokens of sound.
 
         Args:
-            waves: (B, C, N) float32 in [-1, 1], in the codec's own rate.
+            waves: (B, C, N) float in [-1, 1], in the codec's own rate.
             lengths: (B,) samples of each row; None: all N. What lies behind is not looked at.
             num_codebooks: 1 to ``self.num_codebooks``; None: all.
 
         Raises:
             AudioError: another shape or number of channels, NaN or infinite samples.
             ConfigError: a number of codebooks that the codec does not have.
+            InputError: lengths of another number, or beyond N.
         """
 
     @abc.abstractmethod
@@ -123,6 +125,8 @@ class Codec(nn.Module, abc.ABC):
     ) -> tuple[Tensor, Tensor, int]:
         """What ``encode`` was given, checked: waves and lengths (B,) int64 on the codec's device, codebooks.
 
+        Waves get the dtype of the weights, and zeros behind the end of a row.
+
         Raises:
             AudioError, ConfigError, InputError: see :meth:`encode`.
         """
@@ -134,13 +138,22 @@ class Codec(nn.Module, abc.ABC):
             raise AudioError(f"{self.name}: waves have {waves.shape[1]} channels, not {self.channels}")
         if waves.shape[0] < 1:
             raise AudioError(f"{self.name}: the batch is empty; give at least one recording")
+        like = next(self.parameters())
+        waves = waves.to(like.device, like.dtype)
+        if lengths is None:
+            lengths = torch.full((waves.shape[0],), waves.shape[2], device=waves.device)
+        else:
+            lengths = self.check_lengths(lengths, waves.shape[0], waves.shape[2], "lengths")
+            waves = waves.masked_fill(~present(lengths, waves.shape[2])[:, None], 0.0)
         if not bool(torch.isfinite(waves).all()):
             raise AudioError(f"{self.name}: NaN or infinite samples; repair the recording")
-        waves = waves.to(self.device)
-        if lengths is None:
-            lengths = torch.full((waves.shape[0],), waves.shape[2])
-        lengths = self.check_lengths(lengths, waves.shape[0], waves.shape[2], "lengths")
         return waves, lengths, self.check_codebooks(num_codebooks)
+
+    def check_rows(self, rows: int, state: Any) -> None:
+        """Raise an InputError unless a step of a stream has as many rows as the streams of its state."""
+        batch = _rows_of(state)
+        if rows != batch:
+            raise InputError(f"{self.name}: {rows} rows for a state of {batch} streams; give one for each")
 
     def check_codebooks(self, count: int | None) -> int:
         """``count`` or, for None, all codebooks; a ConfigError for a number that the codec does not have."""
@@ -150,8 +163,11 @@ class Codec(nn.Module, abc.ABC):
             raise ConfigError(f"codebooks: got {count}; {self.name} has 1 to {self.num_codebooks}")
         return count
 
-    def check_tokens(self, tokens: Tensor) -> Tensor:
+    def check_tokens(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Tokens (B, K, T), T >= 0, checked, on the codec's device.
+
+        Args:
+            lengths: (B,) frames of each row; what lies behind is not looked at, and becomes 0.
 
         Raises:
             InputError: another shape, too many codebooks, codes out of range.
@@ -165,12 +181,16 @@ class Codec(nn.Module, abc.ABC):
             raise InputError(
                 f"{self.name}: tokens of {tokens.shape[1]} codebooks; this codec has {self.num_codebooks}"
             )
+        tokens = tokens.to(self.device)
+        if lengths is not None:
+            lengths = self.check_lengths(lengths, tokens.shape[0], tokens.shape[2], "codes: lengths")
+            tokens = tokens.masked_fill(~present(lengths, tokens.shape[2])[:, None], 0)
         if tokens.numel():
             low, high = (int(bound) for bound in torch.aminmax(tokens))
             if low < 0 or high >= self.codebook_size:
                 wrong = low if low < 0 else high
                 raise InputError(f"{self.name}: code {wrong} is not in 0 to {self.codebook_size - 1}")
-        return tokens.to(self.device, torch.int64)
+        return tokens.to(torch.int64)
 
     def check_codes(self, codes: Codes) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens, lengths (B,) and samples (B,) of ``codes``, checked, on the codec's device.
@@ -184,7 +204,7 @@ class Codec(nn.Module, abc.ABC):
                 f"{self.name}: the tokens are of a codec of {codes.sample_rate} Hz{of}, this one has"
                 f" {self.sample_rate} Hz; decode with the codec that made them"
             )
-        tokens = self.check_tokens(codes.tokens)
+        tokens = self.check_tokens(codes.tokens, codes.lengths)
         lengths = self.check_lengths(codes.lengths, tokens.shape[0], tokens.shape[2], "codes: lengths")
         if codes.samples is None:
             return tokens, lengths, None
@@ -200,6 +220,21 @@ class Codec(nn.Module, abc.ABC):
             limit = "at least 0" if most is None else f"0 to {most}"
             raise InputError(f"{self.name}: {what}: got {low if low < 0 else high}; must be {limit}")
         return lengths.to(self.device, torch.int64)
+
+
+def present(lengths: Tensor, size: int) -> Tensor:
+    """(B, size) booleans: whether a position lies before the end of its row, of ``lengths`` (B,)."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def _rows_of(state: Any) -> int | None:
+    """Rows of the first tensor of a state; None: it has none."""
+    if isinstance(state, Tensor):
+        return state.shape[0]
+    parts = state if isinstance(state, tuple) else ()
+    if dataclasses.is_dataclass(state):
+        parts = [getattr(state, field.name) for field in dataclasses.fields(state)]
+    return next((rows for rows in map(_rows_of, parts) if rows is not None), None)
 
 
 def _shown(value: Any) -> str:

@@ -180,6 +180,11 @@ class EncodecCodec(RowCodec):
         """Whether the layers themselves are streamed."""
         return self.chunk is None and self.can_stream
 
+    @property
+    def pads_rows(self) -> bool:
+        """See :class:`RowCodec`."""
+        return self._by_ops and not self.has_scales
+
     def init_encoder(self, batch: int, num_codebooks: int | None = None) -> EncoderState:
         """See :meth:`Codec.init_encoder`."""
         if self._by_ops and not self.has_scales:
@@ -195,7 +200,9 @@ class EncodecCodec(RowCodec):
         """See :meth:`Codec.encode_step`."""
         if not isinstance(state, HeldState):
             return super().encode_step(waves, state, final)
-        waves = torch.cat([state.held, self.check_waves(waves)[0]], 2)
+        waves = self.check_waves(waves)[0]
+        self.check_rows(waves.shape[0], state)
+        waves = torch.cat([state.held, waves], 2)
         if self.chunk is not None:
             tokens, scales, waves = self._encode_chunks(waves, state.codebooks, final)
         elif final and waves.shape[2]:
@@ -220,6 +227,12 @@ class EncodecCodec(RowCodec):
         """See :meth:`Codec.give_scales`."""
         if not self.has_scales:
             return super().give_scales(state, scales)
+        batch = len(state.scales)
+        if not isinstance(scales, Tensor) or scales.dim() != 2 or len(scales) != batch:
+            shape = tuple(scales.shape) if isinstance(scales, Tensor) else type(scales).__name__
+            raise InputError(f"{self.name}: scales of shape {shape}; expected ({batch}, chunks)")
+        if not bool(torch.isfinite(scales).all()):
+            raise InputError(f"{self.name}: scales are NaN or infinite; encode the recording again")
         return replace(state, scales=torch.cat([state.scales, scales.to(state.scales)], 1))
 
     @torch.no_grad()
@@ -234,7 +247,12 @@ class EncodecCodec(RowCodec):
         if not isinstance(state, ChunkDecoderState):
             return super().decode_step(tokens, state, final)
         tokens = self.check_tokens(tokens)
+        self.check_rows(tokens.shape[0], state)
         if state.held is not None:
+            if state.held.shape[1] != tokens.shape[1]:
+                raise InputError(
+                    f"{self.name}: {tokens.shape[1]} codebooks after {state.held.shape[1]} in one chunk"
+                )
             tokens = torch.cat([state.held, tokens], 2)
         if self.chunk is not None:
             return self._decode_chunks(tokens, state, final)

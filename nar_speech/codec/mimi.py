@@ -143,6 +143,10 @@ class WindowedTransformer(Op):
         """See :class:`Op`."""
         return inputs
 
+    def rows(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Op`; nothing looks ahead, so what lies behind a row reaches nothing of it."""
+        return self.step(x, self.init(x.shape[0], x), True)[0], lengths
+
     def _piece(self, x: Tensor, state: TransformerState) -> tuple[Tensor, TransformerState]:
         """(B, n, D) of (B, n, D)."""
         count, past = x.shape[1], state.keys.shape[3]

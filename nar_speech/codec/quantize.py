@@ -151,12 +151,17 @@ class ResidualVectorQuantizer(nn.Module):
             return Quantized(self.project_out(straight), torch.stack(tokens, 1), commitment)
 
     @torch.no_grad()
-    def start_projections(self, rows: Tensor) -> None:
-        """Let the codes begin with the linear map ``rows`` (code width, D), and its transpose back."""
+    def start_projections(self, rows: Tensor, values: Tensor) -> None:
+        """Let the codes begin with the linear map ``rows`` (n, D), n <= code width, and its transpose back.
+
+        Args:
+            values: what it gives for many latents, (M, n); codebooks adapt to them by themselves.
+        """
         for layer, weight in ((self.project_in, rows), (self.project_out, rows.T)):
             if isinstance(layer, nn.Linear):
-                layer.weight.copy_(weight)
+                nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
+                layer.weight[: weight.shape[0], : weight.shape[1]] = weight
 
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
@@ -241,6 +246,24 @@ class FiniteScalarQuantizer(nn.Module):
                 group = torch.arange(self.num_codebooks, device=x.device)
                 scaled = scaled * (group < levels[:, None]).to(scaled)[:, None, :, None]
             return Quantized(self.project_out(scaled.flatten(2)), self._codes(digits), scaled.new_zeros(()))
+
+    @torch.no_grad()
+    def start_projections(self, rows: Tensor, values: Tensor) -> None:
+        """Let the codes begin with the linear map ``rows`` (n, D) and its transpose back.
+
+        Args:
+            values: what it gives for many latents, (M, n): its range becomes that of the steps, and a group
+                that is left away counts as the mean.
+        """
+        count, mean = len(rows), values.mean(0)
+        spread = 2 * values.std(0, correction=0) + 1e-4
+        for layer in (self.project_in, self.project_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.project_in.weight[:count] = rows / spread[:, None]
+        self.project_in.bias[:count] = -mean / spread
+        self.project_out.weight[:, :count] = rows.T * spread
+        self.project_out.bias.copy_(rows.T @ mean)
 
     def skip(self, x: Tensor) -> Quantized:
         """Latents (B, T, D) through both projections and the bounds, not rounded; no codes."""

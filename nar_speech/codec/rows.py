@@ -1,8 +1,9 @@
-"""Codecs that wrap a convolutional network: rows of one length at a time, and streams of its layers."""
+"""Codecs that wrap a convolutional network: batches of rows, and streams of its layers."""
 
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nar_speech.codec.base import Codec
+from nar_speech.codec.base import Codec, present
 from nar_speech.codec.stream import Op, lag
 from nar_speech.errors import InputError
 from nar_speech.types import Codes
 
 BLOCK_SECONDS = 10.0  # in which a row is run that is longer than LONGEST_SECONDS
 LONGEST_SECONDS = 60.0
+# Part of the longest row of a padded batch that its shortest one has: on a GPU, and on a CPU, where padding
+# costs as much as sound.
+LEAST_FILLED, LEAST_FILLED_CPU = 0.5, 0.9
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,12 @@ class DecoderState:
 
 
 class RowCodec(Codec):
-    """``encode`` and ``decode`` by rows of one length, streams by operators over the network's layers.
+    """``encode`` and ``decode`` of batches, and streams by operators over the network's layers.
 
-    Rows of different lengths are run apart, because padding inside a network (mirrored, or behind the bias
-    of each layer) is not what a row alone would see. Long rows are run as streams, so that memory for
-    activations does not grow with their length.
+    The network itself would let a row see the padding behind it, mirrored or through the bias of a layer. So
+    it runs rows of one length only; rows of similar lengths are run by the operators, which pad every row
+    where it ends, and others apart. Long rows are run as streams, so that memory for activations does not
+    grow with their length.
     """
 
     _encoder_ops: Op | None = None
@@ -64,6 +69,11 @@ class RowCodec(Codec):
     @abc.abstractmethod
     def build_decoder_ops(self) -> Op:
         """Operators that stream the decoder: latents to waves."""
+
+    @property
+    def pads_rows(self) -> bool:
+        """Whether operators run rows of several lengths at once."""
+        return True
 
     @property
     def encoder_ops(self) -> Op:
@@ -93,12 +103,18 @@ class RowCodec(Codec):
         tokens: list[tuple[list[int], Tensor]] = []
         scales: list[tuple[list[int], Tensor]] = []
         frames = torch.zeros_like(lengths)
-        for length, rows in rows_by_length(lengths):
-            part, scale = self._encode_whole(waves[rows, :, :length], count)
+        for length, rows in self._groups(lengths, self.sample_rate):
+            counts = lengths[rows]
+            if length is None:
+                part, counts = self._encode_padded(waves[rows, :, : int(counts.max())], counts, count)
+                scale = None
+            else:
+                part, scale = self._encode_whole(waves[rows, :, :length], count)
+                counts = part.shape[2]
             tokens.append((rows, part))
             if scale is not None:
                 scales.append((rows, scale))
-            frames[rows] = part.shape[2]
+            frames[rows] = counts
         return Codes(
             tokens=_joined(tokens, batch),
             lengths=frames,
@@ -116,10 +132,16 @@ class RowCodec(Codec):
         scales = self._check_scales(codes, int(lengths.max()))
         ends = torch.zeros_like(lengths)
         pieces: list[tuple[list[int], Tensor]] = []
-        for length, rows in rows_by_length(lengths):
-            part = None if scales is None else scales[rows, : self.chunks_of(length)]
-            waves = self._decode_whole(tokens[rows, :, :length], part)
-            ends[rows] = waves.shape[2]
+        for length, rows in self._groups(lengths, self.frame_rate):
+            counts = lengths[rows]
+            if length is None:
+                longest = int(counts.max())
+                waves, counts = self.decoder_ops.rows(self.latents(tokens[rows, :, :longest]), counts)
+            else:
+                part = None if scales is None else scales[rows, : self.chunks_of(length)]
+                waves = self._decode_whole(tokens[rows, :, :length], part)
+                counts = waves.shape[2]
+            ends[rows] = counts
             pieces.append((rows, waves))
         if samples is not None:
             ends = torch.minimum(ends, samples)
@@ -129,7 +151,7 @@ class RowCodec(Codec):
 
     def chunks_of(self, frames: int) -> int:
         """Chunks that so many frames are of."""
-        return 1 if self.chunk_frames is None else -(-frames // self.chunk_frames)
+        return min(frames, 1) if self.chunk_frames is None else -(-frames // self.chunk_frames)
 
     def init_encoder(self, batch: int, num_codebooks: int | None = None) -> EncoderState:
         """See :meth:`Codec.init_encoder`."""
@@ -142,6 +164,7 @@ class RowCodec(Codec):
     ) -> tuple[Tensor, EncoderState]:
         """See :meth:`Codec.encode_step`."""
         waves, _, _ = self.check_waves(waves)
+        self.check_rows(waves.shape[0], state)
         latents, layers = self.encoder_ops.step(waves, state.layers, final)
         return self._quantize_any(latents, state.codebooks), EncoderState(layers, state.codebooks)
 
@@ -154,10 +177,34 @@ class RowCodec(Codec):
         self, tokens: Tensor, state: DecoderState, final: bool = False
     ) -> tuple[Tensor, DecoderState]:
         """See :meth:`Codec.decode_step`."""
-        waves, layers = self.decoder_ops.step(
-            self._latents_any(self.check_tokens(tokens)), state.layers, final
-        )
+        tokens = self.check_tokens(tokens)
+        self.check_rows(tokens.shape[0], state)
+        waves, layers = self.decoder_ops.step(self._latents_any(tokens), state.layers, final)
         return waves, DecoderState(layers)
+
+    def _groups(self, lengths: Tensor, rate: float) -> Iterator[tuple[int | None, list[int]]]:
+        """Rows to be run together, with their length; None: they have several.
+
+        Args:
+            lengths: (B,).
+            rate: of these lengths in a second.
+        """
+        by_length = dict(rows_by_length(lengths))
+        filled = LEAST_FILLED_CPU if self.device.type == "cpu" else LEAST_FILLED
+        while by_length:
+            longest = max(by_length)
+            least = longest
+            if self.pads_rows and 0 < longest <= LONGEST_SECONDS * rate:
+                least = math.ceil(filled * longest)
+            group = [length for length in by_length if length >= least]
+            rows = sorted(row for length in group for row in by_length.pop(length))
+            yield (longest if len(group) == 1 else None), rows
+
+    def _encode_padded(self, waves: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Tokens (B, K, T), zeros behind a row, and frames of waves (B, C, N) of ``lengths`` (B,)."""
+        latents, frames = self.encoder_ops.rows(waves, lengths)
+        tokens = self.quantize(latents[:, :, : int(frames.max())], count)
+        return tokens * present(frames, tokens.shape[2])[:, None], frames
 
     def _quantize_any(self, latents: Tensor, count: int) -> Tensor:
         """Tokens of latents of any length, 0 too."""
@@ -181,7 +228,7 @@ class RowCodec(Codec):
         for block, last in blocks(waves, round(BLOCK_SECONDS * self.sample_rate)):
             part, state = self.encode_step(block, state, last)
             parts.append(part)
-        return torch.cat(parts, 2), getattr(state, "scales", None)
+        return torch.cat(parts, 2), state.scales if self.has_scales else None
 
     def _decode_whole(self, tokens: Tensor, scales: Tensor | None) -> Tensor:
         """Waves of rows of one length."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar_speech.codec.base import Codec
+from nar_speech.codec.base import Codec, present
 from nar_speech.codec.quantize import FiniteScalarQuantizer, Quantized, ResidualVectorQuantizer
 from nar_speech.errors import ConfigError
 from nar_speech.layers.convnext import CausalConvNeXtBlock
@@ -86,7 +86,7 @@ class SpectralEncoderState:
 
     pending: Tensor
     blocks: tuple[Tensor, ...]
-    num_codebooks: int | None = None
+    num_codebooks: int
 
 
 @dataclass(frozen=True)
@@ -142,24 +142,27 @@ class SpectralCodec(Codec):
 
     @torch.no_grad()
     def start_transform(self, waves: Tensor) -> None:
-        """Make the linear path a transform codec: the level and principal components, ``code_width`` in all.
+        """Make the linear path a transform codec: the level and the first principal components.
 
-        Without it the waveform gets through only after a long training.
+        They are ``code_width`` in all; with an FSQ as many as it has values. Without it the waveform gets
+        through only after a long training.
 
         Args:
             waves: (B, N), N a multiple of ``hop``; some minutes of sound.
         """
-        size = self.config.code_width
-        coefficients = self._analyse(waves).flatten(0, 1)[:, 1:]
+        most = self.quantizer.project_in.out_features if self.config.quantizer == "fsq" else None
+        size = min(most or self.config.code_width, self.config.width, self.hop + 1)
+        spectra = self._analyse(waves).flatten(0, 1)
+        coefficients = spectra[:, 1:]
         _, vectors = torch.linalg.eigh(coefficients.T @ coefficients)
         components = torch.zeros(self.hop + 1, size, device=waves.device)
         components[0, 0] = 1.0
-        components[1:, 1:] = vectors[:, 1 - size :] if size > 1 else vectors[:, :0]
+        components[1:, 1:] = vectors.flip(1)[:, : size - 1]
         unit = torch.eye(self.config.width, device=waves.device)
         for layer in (self.spectrum_in, self.embed, self.spectrum_out):
             nn.init.zeros_(layer.bias)
         self.spectrum_in.weight[:size] = components.T
-        self.quantizer.start_projections(unit[:size])
+        self.quantizer.start_projections(unit[:size], spectra @ components)
         nn.init.normal_(self.embed.weight, std=1e-3)
         self.embed.weight[:, :, self.past] += unit
         nn.init.zeros_(self.spectrum_out.weight)
@@ -191,14 +194,13 @@ class SpectralCodec(Codec):
     def encode(self, waves: Tensor, lengths: Tensor | None = None, num_codebooks: int | None = None) -> Codes:
         """See :meth:`Codec.encode`; the tail of a row is padded to a whole frame with silence."""
         waves, lengths, num_codebooks = self.check_waves(waves, lengths, num_codebooks)
-        waves = waves[:, 0].float() * _present(lengths, waves.shape[2])
-        waves = F.pad(waves, (0, -waves.shape[1] % self.hop))
+        waves = F.pad(waves[:, 0].float(), (0, -waves.shape[2] % self.hop))
         frames = torch.div(lengths + self.hop - 1, self.hop, rounding_mode="floor")
         if waves.shape[1]:
             tokens = self.quantizer.encode(self._latents(waves), num_codebooks)
         else:
             tokens = lengths.new_zeros(len(waves), num_codebooks, 0)
-        tokens = tokens * _present(frames, tokens.shape[2])[:, None]
+        tokens = tokens * present(frames, tokens.shape[2])[:, None]
         return Codes(tokens, frames, self.sample_rate, lengths, codec=self.name)
 
     @torch.no_grad()
@@ -210,7 +212,7 @@ class SpectralCodec(Codec):
         if not tokens.shape[2]:
             return self.window.new_zeros(len(tokens), 1, 0), lengths
         waves = self._synthesise(self.quantizer.decode(tokens), frames)[:, : int(lengths.max())]
-        return (waves * _present(lengths, waves.shape[1]))[:, None], lengths
+        return (waves * present(lengths, waves.shape[1]))[:, None], lengths
 
     @torch.no_grad()
     def latents(self, tokens: Tensor) -> Tensor:
@@ -227,25 +229,27 @@ class SpectralCodec(Codec):
     def init_encoder(self, batch: int, num_codebooks: int | None = None) -> SpectralEncoderState:
         """State of ``batch`` streams that go in lockstep."""
         blocks = [block.init_state(batch, self.window.device) for block in self.encoder_blocks]
-        return SpectralEncoderState(self.window.new_zeros(batch, self.edge), tuple(blocks), num_codebooks)
+        count = self.check_codebooks(num_codebooks)
+        return SpectralEncoderState(self.window.new_zeros(batch, self.edge), tuple(blocks), count)
 
     @torch.no_grad()
     def encode_step(
         self, waves: Tensor, state: SpectralEncoderState, final: bool = False
     ) -> tuple[Tensor, SpectralEncoderState]:
         """Samples (B, 1, n), any n, to the codes (B, K, t) they complete; ``final`` pads the last frame."""
-        pending = torch.cat([state.pending, waves[:, 0]], 1)
+        waves, _, _ = self.check_waves(waves)
+        self.check_rows(len(waves), state)
+        pending = torch.cat([state.pending, waves[:, 0].float()], 1)
         if final:
             rest = pending.shape[1] - self.edge
             pending = F.pad(pending, (0, -rest % self.hop + self.edge))
         frames = max(0, pending.shape[1] // self.hop - 1)
-        levels = state.num_codebooks or self.num_codebooks
         if not frames:
-            tokens = torch.zeros(len(waves), levels, 0, dtype=torch.int64, device=waves.device)
+            tokens = torch.zeros(len(waves), state.num_codebooks, 0, dtype=torch.int64, device=waves.device)
             return tokens, replace(state, pending=pending)
         spectra = self._transform(pending[:, : (frames + 1) * self.hop])
         latents, blocks = self._encode_spectra(spectra, state.blocks)
-        tokens = self.quantizer.encode(latents, levels)
+        tokens = self.quantizer.encode(latents, state.num_codebooks)
         return tokens, replace(state, pending=pending[:, frames * self.hop :], blocks=blocks)
 
     def init_decoder(self, batch: int) -> SpectralDecoderState:
@@ -261,8 +265,9 @@ class SpectralCodec(Codec):
     ) -> tuple[Tensor, SpectralDecoderState]:
         """Codes (B, K, t), any t, to the samples (B, 1, n) that are complete; ``final``: the rest."""
         tokens, pending = self.check_tokens(tokens), state.pending
+        self.check_rows(len(tokens), state)
         if tokens.shape[2]:
-            pending = torch.cat([pending, self.quantizer.decode(self.check_tokens(tokens))], 1)
+            pending = torch.cat([pending, self.quantizer.decode(tokens)], 1)
         begun = pending.shape[1] > self.past or state.skip < self.edge
         if final and begun:
             pending = F.pad(pending, (0, 0, 0, self.config.lookahead))
@@ -309,13 +314,13 @@ class SpectralCodec(Codec):
 
     def _synthesise(self, latents: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Waves (B, T * hop) of latents (B, T, D), of which ``lengths`` (B,) count."""
-        present = None
+        there = None
         if lengths is not None:
-            present = _present(lengths, latents.shape[1])[:, :, None]
-            latents = latents * present
+            there = present(lengths, latents.shape[1])[:, :, None]
+            latents = latents * there
         spectra, _ = self._decode_latents(F.pad(latents, (0, 0, self.past, self.config.lookahead)), None)
         tail = latents.new_zeros(len(latents), self.hop)
-        waves, overlap, envelope = self._overlap_add(self._frames(spectra), tail, tail, present)
+        waves, overlap, envelope = self._overlap_add(self._frames(spectra), tail, tail, there)
         waves = torch.cat([waves, overlap / envelope.clamp_min(1e-11)], 1)
         return waves[:, self.edge : self.edge + latents.shape[1] * self.hop]
 
@@ -336,7 +341,7 @@ class SpectralCodec(Codec):
             return coefficients @ self.basis.T * self.window
 
     def _overlap_add(
-        self, frames: Tensor, overlap: Tensor, envelope: Tensor, present: Tensor | None = None
+        self, frames: Tensor, overlap: Tensor, envelope: Tensor, there: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Frames (B, T, 2 * hop) added up, after what earlier ones left over.
 
@@ -345,15 +350,15 @@ class SpectralCodec(Codec):
 
         Args:
             overlap, envelope: (B, hop), what an earlier call gave for them.
-            present: (B, T, 1), which frames there are; None: all.
+            there: (B, T, 1), which frames there are; None: all.
 
         Returns:
             (B, T * hop) finished samples, and what the next frame adds to: (B, hop) samples, not yet divided
             by the sum of squared windows, and that sum.
         """
         squares = self.window.square().expand_as(frames)
-        if present is not None:
-            frames, squares = frames * present, squares * present
+        if there is not None:
+            frames, squares = frames * there, squares * there
         total, after = _add_halves(frames, overlap)
         weight, rest = _add_halves(squares, envelope)
         return total / weight.clamp_min(1e-11), after, rest
@@ -382,8 +387,3 @@ def _add_halves(frames: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
     first, second = frames.chunk(2, -1)
     before = torch.cat([overlap[:, None], second[:, :-1]], 1)
     return (first + before).flatten(1), second[:, -1]
-
-
-def _present(lengths: Tensor, size: int) -> Tensor:
-    """(B, size) booleans: whether a position lies before the end of its row."""
-    return torch.arange(size, device=lengths.device) < lengths[:, None]

@@ -1,9 +1,12 @@
-"""Operators that run the layers of a network piece by piece, with the numbers of the whole signal.
+"""Operators that run the layers of a network piece by piece, or on rows of several lengths.
+
+Either way they give the numbers of a whole signal alone.
 
 An operator reads the weights of a layer that it does not own: there is one network, and a stream is another
 way to run it. Operators see (B, C, n) with any n, 0 too. A convolution keeps the input that later windows
 need and gets its right padding at the last step, so convolutions that look ahead stream as well: what they
-give comes that much later. :func:`outputs` and :func:`lag` say how much.
+give comes that much later. :func:`lag` says how much. In a batch of several lengths every layer pads every
+row where it ends.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nar_speech.codec.base import present
 
 PadMode = Literal["constant", "reflect", "replicate"]
 
@@ -35,6 +40,22 @@ class Op(abc.ABC):
     @abc.abstractmethod
     def ready(self, inputs: int) -> int:
         """Outputs that are complete after so many inputs, before the last step."""
+
+    def rows(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole rows (B, C, N) of ``lengths`` (B,), each as if alone.
+
+        Behind the end of a row there may be anything, in what comes in and in what is returned. This does one
+        row after the other; operators that can do all at once have their own.
+
+        Returns:
+            (B, C, M) and lengths (B,).
+        """
+        alone = [
+            self.step(row[None, :, :length], self.init(1, x), True)[0][0].T
+            for row, length in zip(x, lengths.tolist(), strict=True)
+        ]
+        counts = torch.tensor([len(row) for row in alone], device=x.device)
+        return nn.utils.rnn.pad_sequence(alone, batch_first=True).transpose(1, 2), counts
 
 
 @dataclass(frozen=True)
@@ -101,6 +122,38 @@ class Conv(Op):
         if inputs <= self.wait:
             return 0
         return max((inputs + self.left - self.window) // self.stride + 1, 0)
+
+    def rows(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Op`."""
+        behind = self.right + (-lengths % self.stride if self.fill else torch.zeros_like(lengths))
+        most = self.right + (self.stride - 1 if self.fill else 0)
+        if self.mode == "constant":
+            padded = F.pad(_kept(x, lengths), (self.left, most))
+        else:
+            padded = self._mirrored(x, lengths, behind, most)
+        counts = (lengths + self.left + behind - self.window).div(self.stride, rounding_mode="floor") + 1
+        if padded.shape[2] < self.window:
+            return self._nothing(x), torch.zeros_like(lengths)
+        return self._run(padded), counts.clamp(min=0)
+
+    def _mirrored(self, x: Tensor, lengths: Tensor, behind: Tensor, most: int) -> Tensor:
+        """Rows (B, C, N) padded on the left, and by ``behind`` (B,), at most ``most``, where they end."""
+        after, size = torch.arange(most, device=x.device), x.shape[2] + most
+        place = lengths[:, None] + after
+        if self.mode == "reflect":
+            # What is too short to be mirrored gets zeros first, up to here.
+            end = torch.maximum(lengths, behind.clamp(min=self.left) + 1)[:, None]
+            source = torch.where(place < end, place, 2 * (end - 1) - place).clamp(min=0)
+            x = F.pad(_kept(x, lengths), (0, max(self.left, most) + 1))
+            first = x[:, :, 1 : self.left + 1].flip(2)
+        else:
+            source = (lengths[:, None] - 1).expand_as(place)
+            x = F.pad(_kept(x, lengths), (0, most))
+            first = x[:, :, :1].expand(-1, -1, self.left)
+        source = source[:, None].expand(-1, x.shape[1], -1)
+        values = x.gather(2, source) * (after < behind[:, None])[:, None]
+        ended = x.scatter(2, place[:, None].expand_as(source), values)
+        return torch.cat([first, ended[:, :, :size]], 2)
 
     def _run(self, x: Tensor) -> Tensor:
         conv = self.conv
@@ -178,6 +231,13 @@ class ConvTranspose(Op):
         """See :class:`Op`."""
         return max(inputs * self.stride - self.left, 0)
 
+    def rows(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Op`."""
+        conv = self.conv
+        y = F.conv_transpose1d(_kept(x, lengths), conv.weight, conv.bias, conv.stride, groups=conv.groups)
+        counts = lengths * self.stride + self.overlap - self.left - self.right
+        return y[:, :, self.left : y.shape[2] - self.right], counts
+
 
 class Pointwise(Op):
     """A function of each column, such as an activation or a norm over channels."""
@@ -199,6 +259,10 @@ class Pointwise(Op):
         """See :class:`Op`."""
         return inputs
 
+    def rows(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Op`."""
+        return self.function(x), lengths
+
 
 class PadToMultiple(Op):
     """Zeros at the end, up to a multiple of ``size``. The state is the number of samples seen."""
@@ -218,6 +282,10 @@ class PadToMultiple(Op):
     def ready(self, inputs: int) -> int:
         """See :class:`Op`."""
         return inputs
+
+    def rows(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Op`."""
+        return F.pad(_kept(x, lengths), (0, -x.shape[2] % self.size)), lengths + -lengths % self.size
 
 
 @dataclass(frozen=True)
@@ -252,6 +320,10 @@ class ResidualLstm(Op):
         """See :class:`Op`."""
         return inputs
 
+    def rows(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Op`."""
+        return self.step(x, self.init(x.shape[0], x), True)[0], lengths
+
 
 @dataclass(frozen=True)
 class ChainState:
@@ -283,6 +355,12 @@ class Chain(Op):
         for op in self.ops:
             inputs = op.ready(inputs)
         return inputs
+
+    def rows(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Op`."""
+        for op in self.ops:
+            x, lengths = op.rows(x, lengths)
+        return x, lengths
 
 
 @dataclass(frozen=True)
@@ -319,6 +397,18 @@ class Residual(Op):
     def ready(self, inputs: int) -> int:
         """See :class:`Op`."""
         return self.block.ready(inputs)
+
+    def rows(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Op`."""
+        y, counts = self.block.rows(x, lengths)
+        if self.shortcut is not None:
+            x, _ = self.shortcut.rows(x, lengths)
+        return x + y, counts
+
+
+def _kept(x: Tensor, lengths: Tensor) -> Tensor:
+    """Rows (B, C, N) with zeros behind their ends."""
+    return x.masked_fill(~present(lengths, x.shape[2])[:, None], 0.0)
 
 
 def lag(op: Op, down: int, up: int = 1, frames: int = 64) -> int:

@@ -89,6 +89,8 @@ def recipe(config: Recipe, world: World) -> None:
     for levels in (config.levels, config.validate_levels):
         if not levels or not 1 <= min(levels) <= max(levels) <= network.num_codebooks:
             raise ConfigError(f"levels, validate_levels: name some of 1 to {network.num_codebooks} codebooks")
+    if not config.data.sample_rate == config.card.sample_rate == network.sample_rate:
+        raise ConfigError("data.sample_rate, card.sample_rate, network.sample_rate: must be equal")
     torch.manual_seed(config.train.seed)
     codec = SpectralCodec(network)
     judges = MultiResolutionDiscriminator(config.gan.windows, config.gan.channels, config.gan.layers)

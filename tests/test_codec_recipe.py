@@ -63,6 +63,21 @@ def test_recipe_trains_resumes_and_writes_a_folder(manifests, tmp_path):
     assert network.decode(codes)[0].shape == (1, 1, 2000)
 
 
+def test_recipe_trains_scalar_codes(manifests, tmp_path):
+    torch.set_num_threads(1)
+    words = [
+        TINY,
+        f"data.train=[{manifests[0]}]",
+        f"data.dev=[{manifests[1]}]",
+        f"train.output_dir={tmp_path}",
+    ]
+    words += ["network.quantizer=fsq", "network.steps=[5,4]", "train.max_steps=8"]
+    assert run_recipe(codec.Recipe, codec.recipe, words, "doc") == 0
+    network, card = read_codec_folder(tmp_path / "model")
+    assert (network.num_codebooks, network.codebook_size) == (3, 20)
+    assert 0 < card.metrics["loss"] < losses(tmp_path)[1]["loss_mel"]
+
+
 def test_mistakes_end_in_one_line_and_exit_code_2(manifests, tmp_path, capsys):
     words = [TINY, f"train.output_dir={tmp_path}/run", f"data.dev=[{manifests[1]}]"]
     for more, message in (
@@ -71,6 +86,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(manifests, tmp_path, capsys):
         ([f"data.train=[{manifests[0]}]", "levels=[4]"], "3 codebooks"),
         ([f"data.train=[{manifests[0]}]", "data.weights=[1,2]"], "data.weights"),
         ([f"data.train=[{manifests[0]}]", "network.widht=3"], "widht"),
+        ([f"data.train=[{manifests[0]}]", "data.sample_rate=8000"], "must be equal"),
     ):
         assert run_recipe(codec.Recipe, codec.recipe, [*words, *more], "doc") == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]

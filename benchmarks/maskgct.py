@@ -28,7 +28,8 @@ from torch import Tensor
 
 from benchmarks import maskgct_official as official
 from benchmarks.asr.timing import load, machine, medians, timed
-from benchmarks.magnet import random_network, synchronised
+from benchmarks.magnet import synchronised
+from nar_speech.checkpoint import SkipInit
 from nar_speech.models.maskgct import (
     FRAME_RATE,
     S2A,
@@ -82,6 +83,19 @@ class Stage:
     steps: int
     official: Callable[[MaskedNetwork], object]
     ours: Callable[[MaskedNetwork], object]
+
+
+def random_network(cls: type, config: T2SConfig | S2AConfig) -> MaskedNetwork:
+    """Weights with the spread of a trained network's, drawn fast; gains near 1."""
+    with SkipInit():
+        network = cls(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1:
+            parameter.uniform_(-1, 1, generator=generator).mul_((3 / parameter.shape[1]) ** 0.5)
+        else:
+            parameter.fill_(float(name.endswith("to_weight.bias")))
+    return network
 
 
 def _codes(size: int, *shape: int) -> Tensor:

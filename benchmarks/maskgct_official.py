@@ -35,7 +35,7 @@ def _attention(part, x: Tensor, mask: Tensor) -> Tensor:
     query, key, value = (linear(x).unflatten(-1, (part.heads, -1)).transpose(1, 2) for linear in linears)
     size = query.shape[-1]
     cos, sin = rotary(torch.arange(x.shape[1], device=x.device), size)
-    cos, sin = (torch.cat([t, t], -1).transpose(0, 1) for t in (cos, sin))
+    cos, sin = (torch.cat([t, t], -1)[None, :, 0, 0] for t in (cos, sin))
     query, key = _turn(query, cos, sin), _turn(key, cos, sin)
     weights = (query @ key.transpose(2, 3) / math.sqrt(size) + mask).softmax(-1)
     return part.o_proj((weights @ value).transpose(1, 2).flatten(2))

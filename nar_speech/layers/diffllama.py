@@ -69,16 +69,16 @@ def step_embedding(time: Tensor, width: int) -> Tensor:
 
 
 def rotary(positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(...,) positions -> cosines and sines (..., 1, size / 2) float32 of the rotation of a head."""
+    """(...,) positions -> cosines and sines (..., 1, 1, size / 2) float32 of the rotation of a head."""
     rates = THETA ** (
         -torch.arange(0, size, 2, dtype=torch.int64, device=positions.device).to(torch.float32) / size
     )
-    angle = positions.to(torch.float32)[..., None, None] * rates
+    angle = positions.to(torch.float32)[..., None, None, None] * rates
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn (..., H, d) by :func:`rotary`; coordinate i goes with i + d/2."""
+    """Turn (..., 2, H, d), queries and keys, by :func:`rotary`; coordinate i goes with i + d/2."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
@@ -132,6 +132,8 @@ class AdaptiveNorm(nn.Module):
 
     def forward(self, x: Tensor, gain: Tensor) -> Tensor:
         """(..., D) times a ``gain`` that it can be multiplied with."""
+        if gain.numel() == x.shape[-1]:
+            return F.rms_norm(x, x.shape[-1:], gain.flatten(), EPSILON)
         return F.rms_norm(x, x.shape[-1:], eps=EPSILON) * gain
 
 
@@ -146,12 +148,14 @@ class SelfAttention(nn.Module):
             nn.Linear(width, width, bias=False) for _ in range(4)
         )
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(..., D) -> query, key and value (..., H, D / H)."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., D) -> queries and keys (..., 2, H, D / H), and values (..., H, D / H)."""
         if self.merged is not None:
-            return self.merged(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+            y = self.merged(x).unflatten(-1, (3, self.heads, -1))
+            return y[..., :2, :, :], y[..., 2, :, :]
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        return tuple(part(x).unflatten(-1, (self.heads, -1)) for part in parts)
+        query, key, value = (part(x).unflatten(-1, (self.heads, -1)) for part in parts)
+        return torch.stack([query, key], -3), value
 
     def merge_projections(self) -> None:
         """Make one product of three, for inference."""
@@ -207,8 +211,8 @@ class Block(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:
         """(..., D) -> (..., D), or of the ``rows`` alone, which ``gains[1]`` is then for."""
-        query, key, value = self.self_attn.project(self._ready(self.input_layernorm(x, gains[0])))
-        query, key = rotate(query, *turn), rotate(key, *turn)
+        both, value = self.self_attn.project(self._ready(self.input_layernorm(x, gains[0])))
+        query, key = rotate(both, *turn).unbind(-3)
         if rows is not None:
             x, query = x[rows], query[rows]
         x = x + self.self_attn.o_proj(attend(query, key, value).flatten(-2))

@@ -53,11 +53,13 @@ def write_blocks(
     sample_rate: int,
     format: str | None = None,
     subtype: str | None = None,
+    name: str | None = None,
 ) -> int:
     """Write samples that come in blocks (N,) or (C, N) to a file; at least one, empty ones are left out.
 
     Args:
         target, format, subtype: see :func:`write_audio`.
+        name: what messages call the target.
 
     Returns:
         Samples written of each channel.
@@ -65,9 +67,9 @@ def write_blocks(
     Raises:
         AudioError: as :func:`write_audio`; also blocks of different numbers of channels.
     """
-    where = name_of(target)
+    where = name or name_of(target)
     if format is None:
-        suffix = Path(where).suffix[1:].upper() if isinstance(target, str | Path) else ""
+        suffix = Path(target).suffix[1:].upper() if isinstance(target, str | Path) else ""
         format = {"OPUS": "OGG", "AIF": "AIFF"}.get(suffix, suffix)
         subtype = subtype or ("OPUS" if suffix == "OPUS" else None)
     file, peak, written = None, 0.0, 0

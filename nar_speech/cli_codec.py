@@ -123,6 +123,10 @@ def codec(options: argparse.Namespace) -> int:
 def encode(options: argparse.Namespace) -> int:
     """Sound to token files."""
     sources, targets, tally = _plan(options, TOKENS, expand)
+    if options.report and "-" in sources:
+        raise ConfigError(
+            "--report: standard input can be read only once; encode it, or give 'report' a file"
+        )
     if options.report:
         _new_folder(options.report, "--report")
     if not sources:

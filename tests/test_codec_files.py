@@ -150,6 +150,7 @@ def test_wrong_usage(run, sounds, tmp_path):
         (("decode", sounds / "a.wav", "-o", tmp_path / "x.wav"), "not a token file"),
         (("decode", tmp_path / "none", "-o", tmp_path / "x.wav"), "no such token file"),
         (("info", tmp_path / "none"), "none: no such"),
+        (("encode", "-", "-o", tmp_path / "x", "--report", tmp_path / "x"), "can be read only once"),
         (("nonsense",), "invalid choice"),
     ):
         code, out, err = run(*words)
@@ -207,6 +208,25 @@ def test_channels_are_mixed_to_what_the_codec_wants():
         CodecRunner(codec("mimi"), 0.0)
 
 
+def test_codes_of_several_recordings_and_of_none():
+    made = codec("spectral")
+    runner = CodecRunner(made)
+    with pytest.raises(InputError, match="2 recordings"):
+        runner.decode(made.encode(waves(made, 2, 50)))
+    assert runner.decode(made.encode(waves(made, 1, 1)[:, :, :0])).samples.shape == (0,)
+
+
+def test_messages_name_the_file_that_was_asked_for(tmp_path, caplog):
+    made = codec("spectral")
+    runner = CodecRunner(made)
+    runner.encode_file((waves(made, 1, 50)[0, 0].numpy(), 2000), tmp_path / "t.safetensors")
+    runner.decode_blocks = lambda codes: iter([np.full((1, 50), 3.0, np.float32)])
+    runner.decode_file(tmp_path / "t.safetensors", tmp_path / "out.wav")
+    assert f"{tmp_path}/out.wav: samples reach 3" in caplog.text
+    with pytest.raises(InputError, match=f"^{tmp_path}/out.unknown: can't tell the format"):
+        runner.decode_file(tmp_path / "t.safetensors", tmp_path / "out.unknown")
+
+
 def test_token_files_that_are_wrong(tmp_path):
     made = codec("encodec chunks")
     codes = made.encode(waves(made, 1, 400))
@@ -241,6 +261,7 @@ def test_token_files_that_are_wrong(tmp_path):
         ("version", "2", "of version 2"),
         ("samples", "-3", "samples is '-3'"),
         ("hop", "0", "hop is 0"),
+        ("samples", "99999999", "samples can't be of"),
         ("codebook_size", "x", "codebook_size is 'x'"),
         ("codebook_size", "3", "is not in 0 to 2"),
         ("chunk_frames", "3", "scales of shape"),

@@ -163,6 +163,11 @@ def _check(path: Path, tokens: Tensor, scales: Tensor | None, numbers: dict[str,
     if low < 0 or high >= size:
         wrong = low if low < 0 else high
         raise InputError(f"{path}: code {wrong} is not in 0 to {size - 1}; the file is damaged")
+    if numbers["samples"] > tokens.shape[1] * numbers["hop"]:
+        raise InputError(
+            f"{path}: {numbers['samples']} samples can't be of {tokens.shape[1]} frames of {numbers['hop']};"
+            " the token file is damaged, encode it again"
+        )
     chunks = -(-tokens.shape[1] // numbers["chunk_frames"]) if numbers["chunk_frames"] else 1
     if scales is not None and (scales.shape != (chunks,) or not bool(torch.isfinite(scales).all())):
         raise InputError(f"{path}: scales of shape {tuple(scales.shape)}; expected {chunks} finite ones")

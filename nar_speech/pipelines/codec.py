@@ -139,9 +139,17 @@ class CodecRunner:
         )
 
     def decode_blocks(self, codes: Codes) -> Iterator[np.ndarray]:
-        """The sound (C, n) of codes of one recording, piece by piece, as long as it was if that is known."""
+        """The sound (C, n) of codes of one recording, piece by piece, as long as it was if that is known.
+
+        Raises:
+            InputError: codes of several recordings or of another codec, or scales that are missing.
+        """
         codec = self.codec
         tokens, lengths, samples = codec.check_codes(codes)
+        if len(tokens) != 1:
+            raise InputError(
+                f"codes of {len(tokens)} recordings; decode one, or all with codec.decode(codes)"
+            )
         state = codec.init_decoder(1)
         if codes.scales is not None:
             state = codec.give_scales(state, codes.scales.to(codec.device))
@@ -157,8 +165,8 @@ class CodecRunner:
                 yield wave.cpu().numpy()
 
     def decode(self, codes: Codes) -> Audio:
-        """The sound of codes of one recording."""
-        samples = np.concatenate(list(self.decode_blocks(codes)), 1)
+        """The sound of codes of one recording; see :meth:`decode_blocks`."""
+        samples = self._joined(codes)
         return Audio(samples[0] if self.codec.channels == 1 else samples, self.codec.sample_rate)
 
     def encode_file(
@@ -198,7 +206,7 @@ class CodecRunner:
 
         draft = target.with_name(f".part.{target.name}")
         try:
-            written = write_blocks(draft, blocks(), rate)
+            written = write_blocks(draft, blocks(), rate, name=str(target))
             draft.replace(target)
         except OSError as error:
             raise AudioError(f"{target}: can't write ({error.strerror or error}); check the path") from error
@@ -228,7 +236,7 @@ class CodecRunner:
         wave = read_audio(source, codec.sample_rate, mono=codec.channels == 1, duration=seconds).samples
         original = self._mixed(wave)
         codes = self.encode((original, codec.sample_rate), num_codebooks)
-        decoded = np.concatenate(list(self.decode_blocks(codes)), 1)
+        decoded = self._joined(codes)
         tokens = codes.tokens[0]
         use = codebook_use(tokens, codec.codebook_size)
         length = original.shape[1] / codec.sample_rate
@@ -249,6 +257,11 @@ class CodecRunner:
             used=tuple(item.used for item in use),
             perplexity=tuple(item.perplexity for item in use),
         )
+
+    def _joined(self, codes: Codes) -> np.ndarray:
+        """All blocks (C, N) of codes of one recording, N >= 0."""
+        nothing = np.zeros((self.codec.channels, 0), np.float32)
+        return np.concatenate([nothing, *self.decode_blocks(codes)], 1)
 
     def _mixed(self, block: np.ndarray) -> np.ndarray:
         """(N,) or (C, N) samples with the codec's channels: as they are, copied, or mixed down first."""

@@ -41,7 +41,9 @@ def find(
     from nar_speech.pipelines import sound_model
 
     names = {**load.ALIASES, **sound_model.ALIASES}
-    folder = hub.resolve(names.get(name, name) if isinstance(name, str) else name, cache_dir, offline)
+    if isinstance(name, str) and not Path(name).is_dir():
+        name = names.get(name, name)
+    folder = hub.resolve(name, cache_dir, offline)
     if hub.makes_sound(folder):
         return folder, "sound generator"
     return folder, "codec" if _is_codec(folder) else "recogniser"
@@ -51,7 +53,7 @@ def model_info(name: str | Path, cache_dir: str | Path | None = None, offline: b
     """Card, sizes and folder of a model; loads it, so that what is said is true."""
     folder, kind = find(name, cache_dir, offline)
     if kind == "codec":
-        return {"folder": str(folder), **_codec_info(folder)}
+        return {"folder": str(folder), **_codec_info(folder, cache_dir, offline)}
     if kind == "sound generator":
         return {"folder": str(folder), **_sound_info(folder, cache_dir, offline)}
     model = hub.load_parts(folder)
@@ -139,12 +141,13 @@ def _compare_sums(folder: Path) -> str:
     return f"{count} files" if count else "none recorded"
 
 
-def _codec_info(folder: Path) -> dict[str, Any]:
+def _codec_info(folder: Path, cache_dir: str | Path | None, offline: bool | None) -> dict[str, Any]:
     from nar_speech.codec.load import load_codec
     from nar_speech.pipelines.codec import describe_codec
 
     card = configs.read_yaml(folder / CONFIG_FILE)["card"] if (folder / CONFIG_FILE).is_file() else None
-    return {"card": card, **describe_codec(load_codec(folder))}
+    codec = load_codec(folder, cache_dir=cache_dir, offline=offline)
+    return {"card": card, **describe_codec(codec)}
 
 
 def _sound_info(folder: Path, cache_dir: str | Path | None, offline: bool | None) -> dict[str, Any]:
@@ -175,10 +178,12 @@ def _load_recogniser(folder: Path, *_: Any) -> tuple[torch.nn.Module, Callable[[
     return model.network, run
 
 
-def _load_codec(folder: Path, *_: Any) -> tuple[torch.nn.Module, Callable[[], str]]:
+def _load_codec(
+    folder: Path, cache_dir: str | Path | None, offline: bool | None
+) -> tuple[torch.nn.Module, Callable[[], str]]:
     from nar_speech.codec.load import load_codec
 
-    codec = load_codec(folder)
+    codec = load_codec(folder, cache_dir=cache_dir, offline=offline)  # a file may name another codec
 
     def run() -> str:
         generator = torch.Generator().manual_seed(0)

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
 from nar_speech import cli, inspection
 from nar_speech.codec.folder import write_codec_folder
@@ -61,6 +63,21 @@ def test_a_sound_generator(tmp_path, monkeypatch):
     assert [check.passed for check in checks] == [True] * 4
     assert int(checks[1].detail.split()[0]) >= 2  # of the codec inside too
     assert "sound in" in checks[3].detail
+
+
+def test_a_file_that_names_another_codec_obeys_the_options(tmp_path):
+    torch.save({"pretrained": "facebook/encodec_32khz"}, tmp_path / "compression_state_dict.bin")
+    last = inspection.verify(tmp_path, tmp_path / "cache", offline=True)[-1]
+    assert not last.passed
+    assert "offline mode is on" in last.detail
+    with pytest.raises(HubError, match="offline mode is on"):
+        inspection.model_info(tmp_path, tmp_path / "cache", offline=True)
+
+
+def test_a_folder_goes_before_a_short_name(codec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(codec, "mimi")
+    assert inspection.find("mimi", offline=True) == (Path("mimi"), "codec")
 
 
 def test_names_of_codecs_are_known(monkeypatch):

@@ -227,8 +227,7 @@ def _plan(options: argparse.Namespace, suffix: str, find: Expand) -> tuple[list[
     tally = Tally(failed=failed)
     sources = [source for source in names if not (options.resume and targets[source].exists())]
     tally.done = len(names) - len(sources)
-    for source in sources:
-        keep_inputs("--output", str(targets[source]), list(names))
+    keep_inputs("--output", [targets[source] for source in sources], names)
     return sources, targets, tally
 
 

@@ -135,16 +135,26 @@ def _check(options: argparse.Namespace, count: int, several: bool, folder: bool)
         raise ConfigError("--plot: draws one file; give a single input that is a file")
 
 
-def keep_inputs(option: str, output: str, inputs: Sequence[str | Path]) -> None:
+def keep_inputs(option: str, output: str | Iterable[Path], inputs: Iterable[str | Path]) -> None:
     """Refuse to write over a file that is about to be read.
 
     Raises:
-        ConfigError: ``output`` is one of ``inputs``, perhaps by another name.
+        ConfigError: ``output``, or one of them, is one of ``inputs``, perhaps by another name.
     """
-    target = Path(output)
-    for source in map(Path, inputs):
-        if target.is_file() and source.exists() and target.samefile(source):
-            raise ConfigError(f"{option} {output}: is an input and would be overwritten; name another file")
+    outputs = [Path(output)] if isinstance(output, str) else list(output)
+    present = [target for target in outputs if target.is_file()]
+    if not present:
+        return
+    read = {_identity(source) for source in map(Path, inputs) if source.exists()}
+    for target in present:
+        if _identity(target) in read:
+            raise ConfigError(f"{option} {target}: is an input and would be overwritten; name another file")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What all names of a file have in common."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def name_targets(names: Mapping[str, Path], folder: Path, suffix: str) -> dict[str, Path]:

@@ -1,6 +1,7 @@
 """Token files, the runner, and the command ``codec``."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from nar_speech import cli, locate
 from nar_speech.audio import info, read_audio, write_audio
+from nar_speech.cli_output import keep_inputs
 from nar_speech.codec.folder import write_codec_folder
 from nar_speech.codec.tokens import read_tokens, write_tokens
 from nar_speech.errors import ConfigError, InputError
@@ -159,6 +161,19 @@ def test_wrong_usage(run, sounds, tmp_path):
         assert err.count("\n") == 1
     assert (sounds / "a.wav").read_bytes() == before
     assert not (tmp_path / "x.wav").exists()
+
+
+def test_many_inputs_are_each_looked_at_once(tmp_path, monkeypatch):
+    inputs, outputs = ([tmp_path / f"{n}.{end}" for n in range(30)] for end in ("wav", "safetensors"))
+    for path in (*inputs, *outputs):
+        path.touch()
+    calls, stat = [], Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **more: calls.append(path) or stat(path, **more))
+    keep_inputs("--output", outputs, inputs)
+    assert len(calls) <= 4 * 30
+    (tmp_path / "link").symlink_to(inputs[7])
+    with pytest.raises(ConfigError, match="link: is an input and would be overwritten"):
+        keep_inputs("--output", [*outputs, tmp_path / "link"], inputs)
 
 
 def test_the_default_codec_that_is_not_there(run, sounds, tmp_path, monkeypatch):

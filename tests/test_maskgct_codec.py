@@ -433,12 +433,15 @@ def test_wrong_input_is_one_clear_line():
     made = semantic()
     x = features(2, 8)
     tokens = made.encode(x)
+    assert torch.equal(made.encode(x.double()), tokens)
     nan = x.clone()
     nan[1, 3, 2] = math.nan
     for call, words in (
         (lambda: made.encode(x[0]), "features of shape"),
         (lambda: made.encode(x[:, :0]), "features of shape"),
-        (lambda: made.encode(x[:, :, :5]), "expected float"),
+        (lambda: made.encode(x[:, :, :5]), "at least one frame"),
+        (lambda: made.encode(None), "expected float"),
+        (lambda: made.decode(None), "expected integers"),
         (lambda: made.encode(x.long()), "expected float"),
         (lambda: made.encode(nan), "NaN or infinite"),
         (lambda: made.encode(x, torch.tensor([8])), "lengths"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nar_speech import config as configs
 from nar_speech.checkpoint import SkipInit, load_strict, read_weights
+from nar_speech.codec.base import present
 from nar_speech.codec.fvq import FvqConfig, FvqOutput, ResidualFactorizedQuantizer
 from nar_speech.codec.shapes import Shapes
 from nar_speech.codec.vocos import Backbone, BackboneConfig
@@ -115,9 +116,9 @@ class RepCodec(nn.Module):
         Raises:
             InputError: another shape, features that are not finite, lengths that are not 1 to T.
         """
-        present = self._present(features, lengths)
-        quantized = self.quantizer(self.analyse(features, present), levels, present)
-        return RepCodecOutput(self.synthesise(quantized.latents, present), quantized)
+        features, there = self._checked(features, lengths)
+        quantized = self.quantizer(self.analyse(features, there), levels, there)
+        return RepCodecOutput(self.synthesise(quantized.latents, there), quantized)
 
     @torch.no_grad()
     def encode(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -126,9 +127,9 @@ class RepCodec(nn.Module):
         Raises:
             InputError: see :meth:`forward`.
         """
-        present = self._present(features, lengths)
-        tokens, _ = self.quantizer.encode(self.analyse(features, present))
-        return tokens if present is None else tokens.masked_fill(~present[:, None], 0)
+        features, there = self._checked(features, lengths)
+        tokens, _ = self.quantizer.encode(self.analyse(features, there))
+        return tokens if there is None else tokens.masked_fill(~there[:, None], 0)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -138,9 +139,9 @@ class RepCodec(nn.Module):
             InputError: another shape, codes out of range, lengths that are not 1 to T.
         """
         latents = self.latents(tokens)
-        present = self._lengths(lengths, len(tokens), tokens.shape[2])
-        features = self.synthesise(latents, present)
-        return features if present is None else features.masked_fill(~present[:, :, None], 0.0)
+        there = self._lengths(lengths, len(tokens), tokens.shape[2])
+        features = self.synthesise(latents, there)
+        return features if there is None else features.masked_fill(~there[:, :, None], 0.0)
 
     def latents(self, tokens: Tensor) -> Tensor:
         """What the decoder reads, (B, H, T), of codes (B, K, T) of some or all codebooks.
@@ -148,16 +149,13 @@ class RepCodec(nn.Module):
         Raises:
             InputError: another shape, codes out of range.
         """
-        whole = not (tokens.is_floating_point() or tokens.dtype == torch.bool)
-        if (
-            not whole
-            or tokens.dim() != 3
-            or not 1 <= tokens.shape[1] <= self.num_codebooks
-            or 0 in tokens.shape
-        ):
+        right = isinstance(tokens, Tensor) and tokens.dim() == 3 and 0 not in tokens.shape
+        right = right and not tokens.is_floating_point() and tokens.dtype != torch.bool
+        if not right or tokens.shape[1] > self.num_codebooks:
+            shown = f"of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens)
             raise InputError(
-                f"semantic codec: tokens of shape {tuple(tokens.shape)}; expected integers (batch, 1 to"
-                f" {self.num_codebooks} codebooks, frames)"
+                f"semantic codec: tokens {shown}; expected integers (batch, 1 to {self.num_codebooks}"
+                " codebooks, frames)"
             )
         low, high = (int(bound) for bound in torch.aminmax(tokens))
         if low < 0 or high >= self.codebook_size:
@@ -165,30 +163,33 @@ class RepCodec(nn.Module):
             raise InputError(f"semantic codec: code {wrong} is not in 0 to {self.codebook_size - 1}")
         return self.quantizer.decode(tokens.to(self.encoder[1].weight.device))
 
-    def analyse(self, features: Tensor, present: Tensor | None = None) -> Tensor:
-        """What the quantizer reads, (B, H, T), of features (B, T, H); ``present`` (B, T): those there are."""
+    def analyse(self, features: Tensor, there: Tensor | None = None) -> Tensor:
+        """What the quantizer reads, (B, H, T), of features (B, T, H); ``there`` (B, T): those there are."""
         backbone, projection = self.encoder
-        return projection(backbone(features.transpose(1, 2), present=present)).transpose(1, 2)
+        return projection(backbone(features.transpose(1, 2), present=there)).transpose(1, 2)
 
-    def synthesise(self, latents: Tensor, present: Tensor | None = None) -> Tensor:
+    def synthesise(self, latents: Tensor, there: Tensor | None = None) -> Tensor:
         """Features (B, T, H) of what the quantizer gave, (B, H, T)."""
         backbone, projection = self.decoder
-        return projection(backbone(latents, present=present))
+        return projection(backbone(latents, present=there))
 
-    def _present(self, features: Tensor, lengths: Tensor | None) -> Tensor | None:
-        """Which frames there are, (B, T); None: all. Checks both."""
-        size = self.config.hidden_size
-        right = features.dim() == 3 and features.is_floating_point() and 0 not in features.shape
-        if not right or features.shape[2] != size:
+    def _checked(self, features: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Features as the weights are, and which frames there are, (B, T); None: all."""
+        size, like = self.config.hidden_size, self.encoder[1].weight
+        if not isinstance(features, Tensor) or not features.is_floating_point() or features.dim() != 3:
+            shown = f"of shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features)
+            raise InputError(f"semantic codec: features {shown}; expected float (batch, frames, {size})")
+        if features.shape[2] != size or 0 in features.shape:
             raise InputError(
-                f"semantic codec: features of shape {tuple(features.shape)}; expected float (batch, frames,"
-                f" {size})"
+                f"semantic codec: features of shape {tuple(features.shape)}; expected (batch, frames, {size})"
+                " with at least one frame"
             )
-        present = self._lengths(lengths, *features.shape[:2])
-        seen = features if present is None else features.masked_fill(~present[:, :, None], 0.0)
+        features = features.to(like.device, like.dtype)
+        there = self._lengths(lengths, *features.shape[:2])
+        seen = features if there is None else features.masked_fill(~there[:, :, None], 0.0)
         if not bool(torch.isfinite(seen).all()):
             raise InputError("semantic codec: NaN or infinite features; check the recording")
-        return present
+        return features, there
 
     def _lengths(self, lengths: Tensor | None, batch: int, frames: int) -> Tensor | None:
         """Which frames there are, (B, T), of ``lengths`` (B,); None: all."""
@@ -200,8 +201,8 @@ class RepCodec(nn.Module):
             raise InputError(
                 f"semantic codec: lengths {lengths.tolist()}; expected {batch} whole numbers of 1 to {frames}"
             )
-        present = torch.arange(frames, device=lengths.device) < lengths[:, None]
-        return None if bool(present.all()) else present
+        there = present(lengths, frames)
+        return None if bool(there.all()) else there
 
     @classmethod
     def from_official(cls, path: str | Path) -> RepCodec:

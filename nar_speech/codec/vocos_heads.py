@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar_speech import config as configs
+from nar_speech.codec.base import present
 from nar_speech.errors import ConfigError
 
 LARGEST = 100.0  # magnitude of a spectrum's value
@@ -110,7 +111,7 @@ class Head(nn.Module, abc.ABC):
         Returns:
             waves (B, N) and lengths (B,) samples.
         """
-        there = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[:, :, None]
+        there = present(lengths, x.shape[1])[:, :, None]
         waves = _overlapped(self.frames(x).masked_fill(~there, 0.0), self.hop)
         if self.squared is not None:
             waves = waves / _overlapped(self.squared * there, self.hop).clamp(min=1e-11)

@@ -244,14 +244,14 @@ def test_length_rule():
 def test_the_table_without_rows_is_ignored_and_one_with_rows_is_not(tmp_path):
     file = tmp_path / "model.safetensors"
     save_safetensors(file, S2A_NETWORK.state_dict() | {EMPTY: torch.zeros(0, 256)})
-    loaded = load_network(S2A(S2A_CONFIG), file)
+    loaded = load_network(S2A, S2A_CONFIG, file)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), S2A_NETWORK.parameters(), strict=True))
     save_safetensors(file, S2A_NETWORK.state_dict() | {EMPTY: torch.zeros(1, 256)})
     with pytest.raises(CheckpointError, match="has rows"):
-        load_network(S2A(S2A_CONFIG), file)
+        load_network(S2A, S2A_CONFIG, file)
     save_safetensors(file, T2S_NETWORK)
     with pytest.raises(CheckpointError, match="missing"):
-        load_network(S2A(S2A_CONFIG), file)
+        load_network(S2A, S2A_CONFIG, file)
 
 
 METIS_CONFIG = MetisConfig(**SMALL, codebook_size=13, num_phones=9, features=6)
@@ -284,13 +284,13 @@ def test_lora_and_adapter_files(tmp_path, whole):
             for n, t in wrapped.items()
         }
         save_safetensors(tmp_path / "vc", renamed | {f"base_model.{n}": t for n, t in factors.items()})
-        got = load_metis(Metis(METIS_CONFIG), tmp_path / "vc", alpha=6.0)
+        got = load_metis(METIS_CONFIG, tmp_path / "vc", alpha=6.0)
     else:
         base = {n: t for n, t in state.items() if not n.startswith("cond_adapter")}
         for name, tensors in (("base", base), ("lora", factors), ("adapter", adapter)):
             save_safetensors(tmp_path / name, tensors)
         files = (tmp_path / name for name in ("base", "lora", "adapter"))
-        got = load_metis(Metis(METIS_CONFIG), *files, alpha=6.0)
+        got = load_metis(METIS_CONFIG, *files, alpha=6.0)
     for name, tensor in got.state_dict().items():
         want = state[name]
         factor = f"model.{name.removesuffix('.weight')}.lora_"
@@ -316,9 +316,9 @@ def test_metis_files_that_do_not_fit(tmp_path):
     for number, (word, tensors) in enumerate(cases):
         save_safetensors(tmp_path / str(number), tensors)
         with pytest.raises(CheckpointError, match=word):
-            load_metis(Metis(METIS_CONFIG), tmp_path / "base", tmp_path / str(number))
+            load_metis(METIS_CONFIG, tmp_path / "base", tmp_path / str(number))
     with pytest.raises(CheckpointError, match="no weight of an adapter"):
-        load_metis(Metis(METIS_CONFIG), tmp_path / "base", adapter=tmp_path / "0")
+        load_metis(METIS_CONFIG, tmp_path / "base", adapter=tmp_path / "0")
 
 
 def test_metis_adapters():

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from nar_speech.checkpoint import load_strict, read_weights
+from nar_speech.checkpoint import SkipInit, load_strict, read_weights
 from nar_speech.config import MAX_VOCABULARY, MAX_WIDTH, check_range
 from nar_speech.errors import CheckpointError, InputError
 from nar_speech.layers.diffllama import INIT_STD, DiffLlama, DiffLlamaConfig
@@ -29,6 +29,9 @@ from nar_speech.losses.maskgct import MaskedCodes
 FRAME_RATE = 50  # codes per second
 SAMPLE_RATE = 16_000  # of the speech that the official length rule counts
 EMPTY = "diff_estimator.embed_tokens.weight"  # left over from a Llama base class, without any rows
+
+
+N = TypeVar("N", bound="MaskedNetwork")
 
 
 @dataclass(frozen=True)
@@ -425,12 +428,14 @@ def check_ids(what: str, ids: Tensor, size: int, dims: int) -> None:
         )
 
 
-def load_network(network: MaskedNetwork, path: str | Path) -> MaskedNetwork:
-    """Load an official or own weights file strictly; returns the network in eval mode.
+def load_network(cls: type[N], config: T2SConfig | S2AConfig, path: str | Path) -> N:
+    """Build a network and load an official or own weights file strictly; returns it in eval mode.
 
     Raises:
         CheckpointError: names or shapes that do not fit.
     """
+    with SkipInit():
+        network = cls(config)
     load_strict(network, without_empty(read_weights(path), path), where=path)
     return network.eval()
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar_speech.checkpoint import load_strict, read_weights
+from nar_speech.checkpoint import SkipInit, load_strict, read_weights
 from nar_speech.config import MAX_WIDTH, check_range
 from nar_speech.errors import CheckpointError, InputError
 from nar_speech.layers.diffllama import INIT_STD
@@ -119,7 +119,7 @@ class Metis(T2S):
 
 
 def load_metis(
-    network: Metis,
+    config: MetisConfig,
     path: str | Path,
     lora: str | Path | None = None,
     adapter: str | Path | None = None,
@@ -152,6 +152,8 @@ def load_metis(
         if foreign:
             raise CheckpointError(f"{lora}: {foreign[0]} is no LoRA factor")
         tensors = merge_lora(tensors | factors, alpha, lora)
+    with SkipInit():
+        network = Metis(config)
     load_strict(network, tensors, where=path)
     return network.eval()
 

@@ -75,7 +75,8 @@ def tolerance(case: Case, atol: float, rtol: float) -> Iterator[None]:
 
 def stated(case: Case, what: str, default: float) -> float:
     """A number that the case's tolerance states for ``what``, for example ``loss atol 1e-5``."""
-    found = re.search(rf"{what} (?:atol|rtol) ([\d.]+(?:e-?\d+)?)", case.meta["tolerance"])
+    words = str(case.meta.get("tolerance"))
+    found = re.search(rf"{what} (?:atol|rtol) ([\d.]+(?:e-?\d+)?)", words)
     return float(found[1]) if found else default
 
 
@@ -231,15 +232,15 @@ def recorded(io: Mapping[str, Tensor]) -> RecordedDraws:
     return RecordedDraws(exponential(io["token_noise_u"]), exponential(io["score_noise_u"]))
 
 
-def stage_options(call: Mapping[str, Any]) -> StageOptions:
-    """The options of a recorded call."""
-    steps = call["n_timesteps"]
+def stage_options(call: Mapping[str, Any], temperature: float) -> StageOptions:
+    """The options of a recorded call; what it does not say is the official default."""
+    steps = call.get("n_timesteps", 40)
     return StageOptions(
         steps=tuple(steps) if isinstance(steps, list) else (steps,),
-        cfg=call["cfg"],
-        rescale=call["rescale_cfg"],
-        temperature=call["temp"],
-        filter_threshold=call["filter_thres"],
+        cfg=max(call.get("cfg", 1.0), 0.0),
+        rescale=call.get("rescale_cfg", 1.0),
+        temperature=call.get("temp", temperature),
+        filter_threshold=call.get("filter_thres", 0.98),
     )
 
 
@@ -290,7 +291,7 @@ def semantic_reverse(case: Case, network: T2S) -> Iterator[Check]:
         order = case.io["preschedule"]
         priority = torch.empty(length).scatter_(0, order, torch.arange(length, 0, -1).float())[None]
 
-    options = stage_options(call)
+    options = stage_options(call, 0.9)
 
     def official(calls: Calls) -> Tensor:
         predict = predictor(network, items, rescale=options.rescale, batch_deviation=True, all_positions=True)
@@ -332,7 +333,7 @@ def s2a_reverse(case: Case) -> Iterator[Check]:
     """Layers of acoustic codes, perhaps behind a given first one."""
     io, network = case.io, s2a_network(case)
 
-    options = stage_options(case.meta["call"])
+    options = stage_options(case.meta["call"], 1.5)
     items = [S2AItem(*pair) for pair in zip(io["cond_code"].unbind(0), io["prompt"].unbind(0), strict=True)]
     given = [row.T for row in io["gt_code"]] if "gt_code" in io else None
 

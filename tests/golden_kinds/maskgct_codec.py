@@ -130,7 +130,14 @@ def rvq(case: Case) -> Iterator[Check]:
 def acoustic_encoder(case: Case) -> Iterator[Check]:
     """Latents of every recorded length, layers of the first one, and streams."""
     io, c = case.io, from_dict(EncoderConfig, used(case.meta["config"]))
-    codec = around(c, DecoderConfig(in_channels=c.out_channels, use_vocos=False, up_ratios=c.up_ratios))
+    other = DecoderConfig(
+        in_channels=c.out_channels,
+        num_quantizers=1,
+        use_vocos=False,
+        upsample_initial_channel=1 << len(c.up_ratios),
+        up_ratios=c.up_ratios,
+    )
+    codec = around(c, other)
     load_strict(codec.encoder, case.weights)
     encoder = copy.deepcopy(codec.encoder)
     x = io["wav_0"]

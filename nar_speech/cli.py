@@ -326,6 +326,23 @@ def codec(options: argparse.Namespace) -> int:
     return run(options)
 
 
+def _describe_phonemize(parser: argparse.ArgumentParser) -> None:
+    from nar_speech.cli_phonemize import describe_phonemize
+
+    describe_phonemize(parser)
+
+
+def phonemize(options: argparse.Namespace) -> int:
+    """Show the phones that a text becomes before it is spoken.
+
+    English, Chinese, the two mixed, French, German, Japanese, Korean; docs/text.md has the rules.
+    nar-speech phonemize "It costs $3.50." gives ɪ|t|_|k|ɔ|s|ts|_|θ|ɹ|iː ...
+    """
+    from nar_speech.cli_phonemize import phonemize as run
+
+    return run(options)
+
+
 Command = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
 COMMANDS: dict[str, Command] = {
     "transcribe": (_describe_transcribe, transcribe),
@@ -333,6 +350,7 @@ COMMANDS: dict[str, Command] = {
     "generate": (_describe_generate, generate),
     "models": (_describe_models, models),
     "codec": (_describe_codec, codec),
+    "phonemize": (_describe_phonemize, phonemize),
     "serve": (_describe_serve, serve),
     "bench": (_describe_bench, bench),
 }

@@ -30,6 +30,7 @@ from tests.golden_kinds import (
     magnet_sampling,
     maskgct,
     maskgct_codec,
+    maskgct_g2p,
     paraformer,
 )
 
@@ -112,6 +113,7 @@ HANDLERS: dict[tuple[str, str], Handler] = {
     **{("codec", kind): handler for kind, handler in codec.HANDLERS.items()},
     **{("maskgct", kind): handler for kind, handler in maskgct.HANDLERS.items()},
     **{("maskgct", kind): handler for kind, handler in maskgct_codec.HANDLERS.items()},
+    **{("maskgct", kind): handler for kind, handler in maskgct_g2p.HANDLERS.items()},
 }
 
 

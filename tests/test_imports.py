@@ -57,6 +57,7 @@ TOP = {
     "cli_output",
     "cli_stream",
     "cli_generate",
+    "cli_phonemize",
     "demo",
 }
 OPTIONAL = {
@@ -64,7 +65,12 @@ OPTIONAL = {
     "kenlm",
     "ray",
     "gradio",
-    "phonemizer",
+    "espeakng_loader",
+    "pypinyin",
+    "jieba",
+    "cn2an",
+    "pyopenjtalk",
+    "onnxruntime",
     "transformers",
     "av",
     "flashlight",

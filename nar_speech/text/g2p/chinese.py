@@ -179,7 +179,9 @@ def chinese_phones(text: str, readings: Readings, official: bool = False) -> tup
     """
     words = cut_words(text, official)
     phones: list[str] = []
-    for word, syllables in zip(words, readings.read("".join(words), words), strict=True):
+    # Where the official code has lost a character, it asks for readings at the places of others.
+    read = readings.read(text if official else "".join(words), words)
+    for word, syllables in zip(words, read, strict=True):
         if _HAN.search(word):
             syllables = change_tones(word, syllables, official)
         for syllable in syllables:

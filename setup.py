@@ -40,7 +40,7 @@ SERVE = [
     "websockets>=15",
 ]
 
-# Text to phones. Wheels of 25 MB, 70 MB installed (espeak-ng is one of them: GPL-3, loaded when it is used).
+# Text to phones: 67 MB installed. (espeak-ng is GPL-3; it is loaded only when a text is read.)
 TTS = [
     "cn2an>=0.5.22",
     "espeakng-loader>=0.2.4",

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -228,6 +229,29 @@ def test_espeak_that_is_missing_or_has_no_such_voice(monkeypatch):
     extra("espeakng_loader")
     with pytest.raises(InputError, match="no voice 'zz'"):
         espeak.Espeak.find().words("a", "zz")
+
+
+def test_espeak_without_its_data(tmp_path):
+    """In a process of its own: the library has one state."""
+    loader = pytest.importorskip("espeakng_loader")
+    code = "import sys; from nar_speech.text.g2p.espeak import Espeak; Espeak(sys.argv[1], sys.argv[2])"
+    command = [sys.executable, "-c", code, loader.get_library_path(), str(tmp_path)[:140]]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "InputError" in ran.stderr
+    assert "espeak-ng finds no data in" in ran.stderr
+
+
+def test_threads_share_the_library():
+    extra("espeakng_loader")
+    texts = {"en": "four dogs", "de": "Hütte", "fr": "bonjour", "ko": "안녕"}
+
+    def say(language):
+        return str(Phonemizer(PhonemizerConfig(language))(texts[language]))
+
+    expected = {language: say(language) for language in texts}
+    with ThreadPoolExecutor(4) as pool:
+        said = list(pool.map(say, [*texts] * 25))
+    assert said == [expected[language] for language in texts] * 25
 
 
 @pytest.mark.parametrize("package", ["jieba", "pypinyin", "cn2an"])

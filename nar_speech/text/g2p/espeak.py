@@ -59,7 +59,7 @@ class Espeak:
         except (OSError, AttributeError) as error:
             raise InputError(f"{library}: can't be loaded as espeak-ng ({error})") from error
         place = None if data is None else data.encode()
-        if self._library.espeak_Initialize(_SYNCHRONOUS, 0, place, _DONT_EXIT) < 0:
+        if self._library.espeak_Initialize(_SYNCHRONOUS, 0, place, _DONT_EXIT) <= 0:
             raise InputError(f"{library}: espeak-ng finds no data in {data or 'its own place'}")
         self._use(_AMERICAN)
         self._open_four = any(_OPEN_O in phone for phone in self._run(_FOUR, _IPA, _STRESS)[0])

@@ -98,6 +98,7 @@ def test_runs_of_languages():
     ]
     assert runs("12 Hello世界, 3") == [("12 Hello", "en"), ("世界, 3", "zh")]
     assert runs("123") == [("123", "en")]
+    assert runs("世界、の") == [("世界、の", "zh")]
     assert runs("去école") == [("去", "zh"), ("école", "en")]
 
 
@@ -275,6 +276,7 @@ def test_missing_package_of_japanese(monkeypatch):
     [
         ("fr", "L’homme a 3,5 euros.", "l|ɔ|m|_|a|_|t|ʁ|w|a|_|v|i|ʁ|ɡ|y|l|_"),
         ("de", "Hütte; München", "h|y|t|ə|,|m|y|n|ç|ə|n"),
+        ("fr", "e\u0301te\u0301", "e|t|e"),
         ("ko", "안녕하세요", "ɐ|n|n|j|ʌ|ŋ|h|ɐ|s|e|j|o"),
     ],
 )

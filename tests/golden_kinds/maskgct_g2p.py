@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nar_speech.text.g2p.chinese import Readings, chinese_phones, clean_chinese
 from nar_speech.text.g2p.english import english_phones
 from nar_speech.text.g2p.english_official import official_english
-from nar_speech.text.g2p.scripts import runs
+from nar_speech.text.g2p.scripts import runs, script_of
 from nar_speech.text.g2p.vocabulary import PhoneVocabulary
 from nar_speech.text.spoken_chinese import official_chinese
 
@@ -46,7 +46,14 @@ def g2p(case: Case) -> Iterator[Check]:
         yield case.equal(f"zh {number} words", words, one["words"])
         yield from _phones(case, f"zh {number}", phones, one, vocabulary)
     for number, one in enumerate(recorded.get("mixed", ())):
-        yield case.equal(f"mixed {number}", [list(run) for run in runs(one["text"])], one["segments"])
+        yield case.equal(f"mixed {number}", _segments(one["text"]), one["segments"])
+
+
+def _segments(text: str) -> list[list[str]]:
+    """Runs as recorded: a text without letters, which is English for us, is of no language there."""
+    if not any(script_of(character) in ("Latin", "Greek", "Han") for character in text):
+        return [[text, "other" if text else ""]]
+    return [list(run) for run in runs(text)]
 
 
 def _phones(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -107,7 +108,9 @@ class Phonemizer:
         language = self.config.language
         language = detect_language(text) if language == "auto" else language
         check_scripts(text, language)
-        parts = runs(text) if language in ("en", "zh") else [(text, language)]
+        # Letters and their accents in one character each; the official code loses accents that stand apart.
+        written = unicodedata.normalize("NFC", text) if self.config.style == "spoken" else text
+        parts = runs(written) if language in ("en", "zh") else [(written, language)]
         return self._collect(text, parts, [self._read(part, of) for part, of in parts])
 
     def _collect(self, text: str, parts: list[Run], read: list[Part]) -> Phones:

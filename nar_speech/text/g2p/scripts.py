@@ -17,6 +17,7 @@ _SCRIPTS = {
     "ja": {"Han", "Kana", "Latin", "Greek"},
     "ko": {"Hangul", "Latin"},
 }
+_RUNS = {"Latin": "en", "Greek": "en", "Han": "zh"}
 _NAMES = {
     "LATIN": "Latin",
     "FULLWIDTH LATIN": "Latin",
@@ -87,10 +88,9 @@ def runs(text: str) -> list[Run]:
     found: list[Run] = []
     start, language = 0, None
     for at, character in enumerate(text):
-        script = script_of(character)
-        if script is None:
+        this = _RUNS.get(script_of(character))
+        if this is None:
             continue
-        this = "zh" if script == "Han" else "en"
         if language not in (None, this):
             found.append((text[start:at], language))
             start = at

@@ -23,7 +23,7 @@ from nar_speech.data.crops import CropConfig, CropData, CropEval
 from nar_speech.errors import ConfigError
 from nar_speech.layers.discriminator import MultiResolutionDiscriminator
 from nar_speech.losses.gan import adversarial_losses
-from nar_speech.losses.spectral import mel_distance, wave_distance
+from nar_speech.losses.spectral import mel_distance, mel_distances, wave_distance
 from nar_speech.train import World, say, train
 from nar_speech.train.distributed import sum_over
 from nar_speech.train.loop import TrainConfig
@@ -37,6 +37,7 @@ class LossSection:
 
     mel: float = 15.0
     wave: float = 5.0
+    loudness: float = 0.0
     commitment: float = 0.25
     adversarial: float = 1.0
     features: float = 2.0
@@ -110,10 +111,17 @@ def recipe(config: Recipe, world: World) -> None:
             codec.start_codebooks(data.sample(config.start_seconds).to(waves))
         pick = torch.randint(len(choices), (len(waves),), generator=generator, device=waves.device)
         decoded, quantized = codec(waves, choices[pick], step >= config.quantize_from)
-        mel, wave = mel_distance(decoded, waves, rate), wave_distance(decoded, waves)
+        mel, loud = mel_distances(decoded, waves, rate)
+        wave = wave_distance(decoded, waves, network.emphasis)
         factors = config.losses
-        loss = factors.mel * mel + factors.wave * wave + factors.commitment * quantized.commitment
-        terms = {"loss_mel": mel, "loss_wave": wave, "loss_commit": quantized.commitment}
+        loss = factors.mel * mel + factors.loudness * loud + factors.wave * wave
+        loss = loss + factors.commitment * quantized.commitment
+        terms = {
+            "loss_mel": mel,
+            "loss_loudness": loud,
+            "loss_wave": wave,
+            "loss_commit": quantized.commitment,
+        }
         if step >= config.gan.start:
             own, fooled, features = adversarial_losses(judges, decoded, waves)
             loss = loss + own + factors.adversarial * fooled + factors.features * features

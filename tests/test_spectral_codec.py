@@ -10,7 +10,7 @@ from nar_speech.codec.spectral import SpectralCodec, SpectralCodecConfig
 from nar_speech.errors import AudioError, CheckpointError, ConfigError, InputError
 from nar_speech.layers.discriminator import MultiResolutionDiscriminator
 from nar_speech.losses import gan
-from nar_speech.losses.spectral import mel_distance, wave_distance
+from nar_speech.losses.spectral import mel_distance, mel_distances, wave_distance
 from nar_speech.types import Codes, ModelCard
 
 SMALL = {
@@ -28,6 +28,7 @@ KINDS = {
     "far look-ahead": {"lookahead": 3, "hop": 64},
     "fsq": {"quantizer": "fsq", "steps": [4, 3]},
     "no blocks": {"encoder_blocks": 0, "decoder_blocks": 0},
+    "emphasis": {"emphasis": 0.9},
 }
 
 
@@ -98,10 +99,10 @@ def test_rows_do_not_depend_on_their_mates(kind, lengths, levels):
 
 @pytest.mark.parametrize("hop", [2, 64, 320])
 @pytest.mark.parametrize("frames", [1, 2, 7])
-def test_transform_and_back_is_the_signal(hop, frames):
-    codec = SpectralCodec(
-        SpectralCodecConfig(hop=hop, width=8, code_width=4, encoder_blocks=0, decoder_blocks=0)
-    )
+@pytest.mark.parametrize("emphasis", [0.0, 0.9])
+def test_transform_and_back_is_the_signal(hop, frames, emphasis):
+    sizes = {"hop": hop, "width": 8, "code_width": 4, "encoder_blocks": 0, "decoder_blocks": 0}
+    codec = SpectralCodec(SpectralCodecConfig(**sizes, emphasis=emphasis))
     waves = noise(2, frames * hop)[:, 0]
     silence = torch.zeros(2, hop)
     joined = codec._overlap_add(codec._frames(codec._analyse(waves)), silence, silence)
@@ -123,6 +124,20 @@ def test_starts_as_a_transform_codec(kind):
     assert after < 0.35
     codec.start_codebooks(waves)
     assert wave_distance(codec(waves)[0], waves).item() < after + 0.1
+
+
+def test_emphasis_weighs_coefficients_as_the_filter_does():
+    plain, tilted = (
+        SpectralCodec(SpectralCodecConfig(**SMALL, emphasis=emphasis)) for emphasis in (0.0, 0.9)
+    )
+    waves = noise(1, 80 * 200)[:, 0]
+    filtered = waves - 0.9 * torch.nn.functional.pad(waves, (1, 0))[:, :-1]
+    wanted, got = (
+        (codec._analyse(wave)[0, :, 1:] * (codec._analyse(wave)[0, :, 1:].abs() + 0.05)).square().mean(0)
+        for codec, wave in ((plain, filtered), (tilted, waves))
+    )
+    torch.testing.assert_close(got[4:], wanted[4:], rtol=0.25, atol=0)
+    assert got[0] < 0.1 * got[-1]
 
 
 def test_a_stream_is_late_by_its_delay():
@@ -207,7 +222,15 @@ def test_wrong_input_is_refused():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"hop": 81}, {"lookahead": -1}, {"quantizer": "fsq"}, {"steps": [3]}, {"width": 0}, {"code_width": 999}],
+    [
+        {"hop": 81},
+        {"lookahead": -1},
+        {"quantizer": "fsq"},
+        {"steps": [3]},
+        {"width": 0},
+        {"code_width": 999},
+        {"emphasis": 1.0},
+    ],
 )
 def test_wrong_sizes_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong)) if "quantizer" not in wrong else "steps"):
@@ -221,6 +244,24 @@ def test_distances_are_zero_for_equal_sounds_and_see_phase_and_level():
     assert wave_distance(-waves, waves).item() == pytest.approx(2.0, abs=0.05)
     assert float(mel_distance(-waves, waves, 16000)) < 1e-6
     torch.testing.assert_close(mel_distance(waves / 10, waves, 16000), torch.tensor(1.0), atol=0.01, rtol=0)
+    assert mel_distances(waves / 10, waves, 16000)[1].item() == pytest.approx(1 - 10**-0.4, abs=0.01)
+    assert mel_distances(waves, waves, 16000)[1] == 0.0
+
+
+def test_what_a_distance_asks_for():
+    """An error in silence is as bad as one in sound for the logarithm alone; emphasis weighs high notes."""
+    time = torch.arange(16000) / 16000
+    low, high = (0.1 * torch.sin(2 * torch.pi * f * time)[None] for f in (200.0, 5000.0))
+    loud = torch.cat([noise(1, 8000)[:, 0], torch.zeros(1, 8000)], 1)
+    wrong = loud + torch.cat([torch.zeros(1, 8000), 1e-3 * noise(1, 8000, 1)[:, 0]], 1)
+    quiet, heard = mel_distances(wrong, loud, 16000)
+    halved = loud * torch.cat([torch.full((8000,), 0.5), torch.ones(8000)])
+    less_quiet, more_heard = mel_distances(halved, loud, 16000)
+    assert less_quiet < quiet
+    assert more_heard > 2 * heard
+    both = low + high
+    assert wave_distance(low, both).item() == pytest.approx(wave_distance(high, both).item(), rel=0.05)
+    assert wave_distance(low, both, emphasis=0.9) > 5 * wave_distance(high, both, emphasis=0.9)
 
 
 def test_adversarial_losses_by_hand():

@@ -42,6 +42,8 @@ class SpectralCodecConfig:
         quantizer: residual codebooks ("rvq") or rounded values ("fsq").
         num_codebooks, codebook_size, code_width: of the codebooks.
         steps: of each group of an FSQ.
+        emphasis: coefficients are coded as if each sample had this part of the one before taken from it, so
+            that codes tell more of high frequencies, which are weak in speech and music.
     """
 
     sample_rate: int = 16000
@@ -56,8 +58,11 @@ class SpectralCodecConfig:
     codebook_size: int = 1024
     code_width: int = 64
     steps: list[int] | None = None
+    emphasis: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.emphasis < 1:
+            raise ConfigError(f"network.emphasis: must be at least 0 and below 1, got {self.emphasis}")
         for name in (
             "sample_rate",
             "hop",
@@ -122,6 +127,7 @@ class SpectralCodec(Codec):
             "window", torch.sin(math.pi * (torch.arange(2 * c.hop) + 0.5) / (2 * c.hop)), False
         )
         self.register_buffer("basis", cosine_basis(c.hop), persistent=False)
+        self.register_buffer("tilt", emphasis_of_bins(c.hop, c.emphasis), persistent=False)
 
         def blocks(count: int) -> nn.ModuleList:
             return nn.ModuleList(CausalConvNeXtBlock(c.width, c.width * c.expansion) for _ in range(count))
@@ -300,7 +306,7 @@ class SpectralCodec(Codec):
         """
         with torch.autocast(waves.device.type, enabled=False):
             frames = waves.float().unfold(1, 2 * self.hop, self.hop) * self.window
-            coefficients = frames @ self.basis
+            coefficients = frames @ self.basis * self.tilt
             level = (coefficients.square().mean(-1, keepdim=True).sqrt() + QUIET).log()
             coefficients = coefficients / (LEVELLING * level).exp()
             # The inverse of what _frames does: y (|y| + KNEE) = x.
@@ -338,7 +344,7 @@ class SpectralCodec(Codec):
             coefficients = (
                 compressed * (compressed.abs() + KNEE) * (LEVELLING * level.clamp(max=LOUDEST)).exp()
             )
-            return coefficients @ self.basis.T * self.window
+            return (coefficients / self.tilt) @ self.basis.T * self.window
 
     def _overlap_add(
         self, frames: Tensor, overlap: Tensor, envelope: Tensor, there: Tensor | None = None
@@ -369,6 +375,12 @@ def cosine_basis(hop: int) -> Tensor:
     time = torch.arange(2 * hop, dtype=torch.float64) + 0.5 + hop / 2
     phase = math.pi / hop * time[:, None] * (torch.arange(hop, dtype=torch.float64) + 0.5)
     return (math.sqrt(2 / hop) * phase.cos()).float()
+
+
+def emphasis_of_bins(hop: int, emphasis: float) -> Tensor:
+    """(hop,) gains of the filter ``1 - emphasis z^-1`` at the frequencies of the coefficients."""
+    angle = math.pi / hop * (torch.arange(hop, dtype=torch.float64) + 0.5)
+    return (1 - 2 * emphasis * angle.cos() + emphasis**2).sqrt().float()
 
 
 def _through(

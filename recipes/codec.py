@@ -23,7 +23,7 @@ from nar_speech.data.crops import CropConfig, CropData, CropEval
 from nar_speech.errors import ConfigError
 from nar_speech.layers.discriminator import MultiResolutionDiscriminator
 from nar_speech.losses.gan import adversarial_losses
-from nar_speech.losses.spectral import mel_distance, mel_distances, wave_distance
+from nar_speech.losses.spectral import mel_distances
 from nar_speech.train import World, say, train
 from nar_speech.train.distributed import sum_over
 from nar_speech.train.loop import TrainConfig
@@ -33,12 +33,12 @@ from nar_speech.types import ModelCard
 
 @dataclass(frozen=True)
 class LossSection:
-    """Factors of the losses; zero leaves one out."""
+    """Factors of the losses; zero leaves one out. ``codes``: of the spectrogram that the codes tell."""
 
     mel: float = 15.0
-    wave: float = 5.0
-    loudness: float = 0.0
-    commitment: float = 0.25
+    loudness: float = 10.0
+    codes: float = 2.0
+    commitment: float = 2.0
     adversarial: float = 1.0
     features: float = 2.0
 
@@ -110,38 +110,30 @@ def recipe(config: Recipe, world: World) -> None:
         if step == config.quantize_from > 0:
             codec.start_codebooks(data.sample(config.start_seconds).to(waves))
         pick = torch.randint(len(choices), (len(waves),), generator=generator, device=waves.device)
-        decoded, quantized = codec(waves, choices[pick], step >= config.quantize_from)
-        mel, loud = mel_distances(decoded, waves, rate)
-        wave = wave_distance(decoded, waves, network.emphasis)
-        factors = config.losses
-        loss = factors.mel * mel + factors.loudness * loud + factors.wave * wave
-        loss = loss + factors.commitment * quantized.commitment
-        terms = {
-            "loss_mel": mel,
-            "loss_loudness": loud,
-            "loss_wave": wave,
-            "loss_commit": quantized.commitment,
-        }
+        out = codec(waves, choices[pick], step >= config.quantize_from)
+        mel, loudness = mel_distances(out.waves, waves, rate)
+        terms = {"mel": mel, "loudness": loudness, "codes": out.mel_error}
+        terms["commitment"] = out.quantized.commitment
         if step >= config.gan.start:
-            own, fooled, features = adversarial_losses(judges, decoded, waves)
-            loss = loss + own + factors.adversarial * fooled + factors.features * features
-            terms |= {"loss_discriminator": own, "loss_adversarial": fooled, "loss_features": features}
-        return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
+            own, terms["adversarial"], terms["features"] = adversarial_losses(judges, out.waves, waves)
+            terms["discriminator"] = own
+        loss = sum(getattr(config.losses, name, 1.0) * value for name, value in terms.items())
+        return {"loss": loss, **{f"loss_{name}": value.detach() for name, value in terms.items()}}
 
     def validate(model):
         sums = torch.zeros(2 * len(config.validate_levels) + 1, dtype=torch.float64)
         for batch in dev:
             batch = batch.to(world.device)
             for n, levels in enumerate(config.validate_levels):
-                decoded, _ = codec(batch.waves, choices.new_full((len(batch.waves),), levels))
-                distances = mel_distance(decoded, batch.waves, rate), wave_distance(decoded, batch.waves)
+                out = codec(batch.waves, choices.new_full((len(batch.waves),), levels))
+                distances = mel_distances(out.waves, batch.waves, rate)
                 sums[2 * n : 2 * n + 2] += torch.stack(distances).double().cpu() * len(batch.waves)
             sums[-1] += len(batch.waves)
         *sums, count = sum_over(world, sums)
         means = (torch.stack(sums) / count).view(-1, 2).tolist()
         metrics = {"loss": sum(row[0] for row in means) / len(means)}
         for n, row in zip(config.validate_levels, means, strict=True):
-            metrics[f"mel_{n}"], metrics[f"wave_{n}"] = row
+            metrics[f"mel_{n}"], metrics[f"loudness_{n}"] = row
         return metrics
 
     result = train(config.train, model, loss_step, data, validate, world)

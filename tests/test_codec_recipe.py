@@ -55,7 +55,7 @@ def test_recipe_trains_resumes_and_writes_a_folder(manifests, tmp_path):
     ours, theirs = losses(run), losses(whole)
     assert [row["loss"] for row in ours.values()] == [row["loss"] for row in theirs.values()]
     assert "loss_discriminator" not in ours[10]
-    assert ours[5]["loss_commit"] == 0 < ours[6]["loss_commit"]  # tiny.yaml: five steps without codes
+    assert ours[5]["loss_commitment"] == 0 < ours[6]["loss_commitment"]  # tiny.yaml: five steps without codes
     assert ours[11]["loss_discriminator"] > 0
     network, card = read_codec_folder(run / "model")
     assert card.metrics["loss"] < ours[1]["loss_mel"]

@@ -10,11 +10,12 @@ from nar_speech.codec.spectral import SpectralCodec, SpectralCodecConfig
 from nar_speech.errors import AudioError, CheckpointError, ConfigError, InputError
 from nar_speech.layers.discriminator import MultiResolutionDiscriminator
 from nar_speech.losses import gan
-from nar_speech.losses.spectral import mel_distance, mel_distances, wave_distance
+from nar_speech.losses.spectral import mel_distance, mel_distances
 from nar_speech.types import Codes, ModelCard
 
 SMALL = {
     "hop": 80,
+    "mels": 12,
     "width": 16,
     "encoder_blocks": 2,
     "decoder_blocks": 3,
@@ -28,7 +29,8 @@ KINDS = {
     "far look-ahead": {"lookahead": 3, "hop": 64},
     "fsq": {"quantizer": "fsq", "steps": [4, 3]},
     "no blocks": {"encoder_blocks": 0, "decoder_blocks": 0},
-    "emphasis": {"emphasis": 0.9},
+    "one spectrum a code": {"splits": 1, "overlap": 2},
+    "many": {"hop": 96, "splits": 8, "overlap": 7},
 }
 
 
@@ -75,7 +77,7 @@ def test_streams_equal_whole_signals(kind, samples, cuts, seed):
         begin = end
     streamed = torch.cat(pieces, 2)
     assert streamed.shape == whole.shape == (2, 1, frames * codec.hop)
-    torch.testing.assert_close(streamed, whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(streamed, whole, atol=1e-4 * float(whole.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,51 +95,42 @@ def test_rows_do_not_depend_on_their_mates(kind, lengths, levels):
         assert frames == -(-length // codec.hop) == alone.tokens.shape[2]
         assert torch.equal(codes.tokens[row, :, :frames], alone.tokens[0])
         single, _ = codec.decode(alone)
-        torch.testing.assert_close(sound[row, :, :length], single[0], atol=1e-5, rtol=1e-4)
+        peak = float(sound.abs().max()) if sound.numel() else 0.0
+        torch.testing.assert_close(sound[row, :, :length], single[0], atol=1e-4 * peak, rtol=0)
         assert not sound[row, :, length:].any()
 
 
-@pytest.mark.parametrize("hop", [2, 64, 320])
+@pytest.mark.parametrize("splits", [1, 2, 4])
 @pytest.mark.parametrize("frames", [1, 2, 7])
-@pytest.mark.parametrize("emphasis", [0.0, 0.9])
-def test_transform_and_back_is_the_signal(hop, frames, emphasis):
-    sizes = {"hop": hop, "width": 8, "code_width": 4, "encoder_blocks": 0, "decoder_blocks": 0}
-    codec = SpectralCodec(SpectralCodecConfig(**sizes, emphasis=emphasis))
-    waves = noise(2, frames * hop)[:, 0]
-    silence = torch.zeros(2, hop)
-    joined = codec._overlap_add(codec._frames(codec._analyse(waves)), silence, silence)
-    again = torch.cat([joined[0], joined[1] / joined[2]], 1)[:, hop // 2 : hop // 2 + frames * hop]
+def test_windows_that_are_added_up_are_the_signal(splits, frames):
+    codec = SpectralCodec(SpectralCodecConfig(**{**SMALL, "splits": splits}))
+    waves = noise(2, frames * 80)[:, 0]
+    padded = torch.nn.functional.pad(waves, (codec.edge, codec.edge))
+    windows = padded.unfold(1, len(codec.window), codec.stride) * codec.window**2
+    silence = torch.zeros(2, 2 * codec.edge)
+    joined = codec._overlap_add(windows, silence, silence)
+    again = torch.cat([joined[0], joined[1] / joined[2].clamp_min(1e-9)], 1)
+    again = again[:, codec.edge : codec.edge + frames * 80]
     torch.testing.assert_close(again, waves, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [{}, {"quantizer": "fsq", "steps": [9, 9], "num_codebooks": 8}])
-def test_starts_as_a_transform_codec(kind):
+def test_starts_with_the_spectrogram(kind):
+    """Before any training the codes tell it, and the magnitudes follow it."""
     torch.manual_seed(0)
-    config = SpectralCodecConfig(hop=64, width=32, code_width=16, encoder_blocks=1, decoder_blocks=1, **kind)
-    codec = SpectralCodec(config).eval()
-    time = torch.arange(6400) / 16000
+    sizes = {"mels": 32, "width": 32, "code_width": 16, "encoder_blocks": 0, "decoder_blocks": 0}
+    codec = SpectralCodec(SpectralCodecConfig(**sizes, **kind)).eval()
+    time = torch.arange(32000) / 16000
     waves = torch.stack([0.3 * torch.sin(2 * torch.pi * f * time) for f in (180.0, 310.0, 770.0, 1200.0)])
-    before = wave_distance(codec(waves, quantize=False)[0], waves).item()
+    waves = waves * torch.linspace(0.01, 1, 32000)
+    before = codec(waves, quantize=False)
     codec.start_transform(waves)
-    after = wave_distance(codec(waves, quantize=False)[0], waves).item()
-    assert before > 0.9
-    assert after < 0.35
+    after = codec(waves, quantize=False)
+    assert before.mel_error > 3
+    assert after.mel_error < 0.3
+    assert mel_distances(after.waves, waves, 16000)[1] < 0.7 * mel_distances(before.waves, waves, 16000)[1]
     codec.start_codebooks(waves)
-    assert wave_distance(codec(waves)[0], waves).item() < after + 0.1
-
-
-def test_emphasis_weighs_coefficients_as_the_filter_does():
-    plain, tilted = (
-        SpectralCodec(SpectralCodecConfig(**SMALL, emphasis=emphasis)) for emphasis in (0.0, 0.9)
-    )
-    waves = noise(1, 80 * 200)[:, 0]
-    filtered = waves - 0.9 * torch.nn.functional.pad(waves, (1, 0))[:, :-1]
-    wanted, got = (
-        (codec._analyse(wave)[0, :, 1:] * (codec._analyse(wave)[0, :, 1:].abs() + 0.05)).square().mean(0)
-        for codec, wave in ((plain, filtered), (tilted, waves))
-    )
-    torch.testing.assert_close(got[4:], wanted[4:], rtol=0.25, atol=0)
-    assert got[0] < 0.1 * got[-1]
+    assert codec(waves).mel_error < 0.6
 
 
 def test_a_stream_is_late_by_its_delay():
@@ -155,10 +148,10 @@ def test_a_stream_is_late_by_its_delay():
 def test_training_output_is_what_decoding_gives():
     codec = make_codec()
     waves = noise(2, 6 * codec.hop)
-    decoded, quantized = codec(waves[:, 0])
+    out = codec(waves[:, 0])
     codes = codec.encode(waves)
-    assert torch.equal(codes.tokens, quantized.tokens)
-    torch.testing.assert_close(codec.decode(codes)[0][:, 0], decoded, atol=1e-5, rtol=1e-4)
+    assert torch.equal(codes.tokens, out.quantized.tokens)
+    torch.testing.assert_close(codec.decode(codes)[0][:, 0], out.waves, atol=1e-5, rtol=1e-4)
 
 
 def test_it_learns_to_reconstruct():
@@ -169,8 +162,8 @@ def test_it_learns_to_reconstruct():
     optimizer = torch.optim.Adam(codec.parameters(), 3e-3)
     losses = []
     for _ in range(60):
-        decoded, quantized = codec(waves)
-        loss = mel_distance(decoded, waves, 16000) + quantized.commitment
+        out = codec(waves)
+        loss = mel_distance(out.waves, waves, 16000) + out.quantized.commitment
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -224,12 +217,14 @@ def test_wrong_input_is_refused():
     "wrong",
     [
         {"hop": 81},
+        {"hop": 82},
         {"lookahead": -1},
         {"quantizer": "fsq"},
         {"steps": [3]},
         {"width": 0},
         {"code_width": 999},
-        {"emphasis": 1.0},
+        {"overlap": 1},
+        {"mels": 0},
     ],
 )
 def test_wrong_sizes_are_refused(wrong):
@@ -237,11 +232,9 @@ def test_wrong_sizes_are_refused(wrong):
         SpectralCodecConfig(**wrong)
 
 
-def test_distances_are_zero_for_equal_sounds_and_see_phase_and_level():
+def test_distances_are_zero_for_equal_spectra_and_see_level():
     waves = noise(2, 4000)[:, 0]
     assert float(mel_distance(waves, waves, 16000)) == 0.0
-    assert float(wave_distance(waves, waves)) == 0.0
-    assert wave_distance(-waves, waves).item() == pytest.approx(2.0, abs=0.05)
     assert float(mel_distance(-waves, waves, 16000)) < 1e-6
     torch.testing.assert_close(mel_distance(waves / 10, waves, 16000), torch.tensor(1.0), atol=0.01, rtol=0)
     assert mel_distances(waves / 10, waves, 16000)[1].item() == pytest.approx(1 - 10**-0.4, abs=0.01)
@@ -249,9 +242,7 @@ def test_distances_are_zero_for_equal_sounds_and_see_phase_and_level():
 
 
 def test_what_a_distance_asks_for():
-    """An error in silence is as bad as one in sound for the logarithm alone; emphasis weighs high notes."""
-    time = torch.arange(16000) / 16000
-    low, high = (0.1 * torch.sin(2 * torch.pi * f * time)[None] for f in (200.0, 5000.0))
+    """An error in silence is as bad as one in sound for the logarithm alone."""
     loud = torch.cat([noise(1, 8000)[:, 0], torch.zeros(1, 8000)], 1)
     wrong = loud + torch.cat([torch.zeros(1, 8000), 1e-3 * noise(1, 8000, 1)[:, 0]], 1)
     quiet, heard = mel_distances(wrong, loud, 16000)
@@ -259,9 +250,6 @@ def test_what_a_distance_asks_for():
     less_quiet, more_heard = mel_distances(halved, loud, 16000)
     assert less_quiet < quiet
     assert more_heard > 2 * heard
-    both = low + high
-    assert wave_distance(low, both).item() == pytest.approx(wave_distance(high, both).item(), rel=0.05)
-    assert wave_distance(low, both, emphasis=0.9) > 5 * wave_distance(high, both, emphasis=0.9)
 
 
 def test_adversarial_losses_by_hand():

@@ -1,10 +1,12 @@
-"""Our own codec: a cosine transform, two stacks of blocks with codes between them; small, and quick on a CPU.
+"""Our own codec: log-mel spectra as codes, and a network that makes sound of them; small, and quick on a CPU.
 
-Encoder and decoder read and write coefficients of the modified discrete cosine transform (Princen & Bradley
-1987), as in MDCTCodec (Jiang et al. 2024): nothing but the transforms runs at the rate of samples. The path
-from end to end beside the blocks' branches is linear. :meth:`SpectralCodec.start_transform` makes it a
-transform codec before training, and the blocks learn the rest. All layers but the first of the decoder look
-back only, so it streams with a delay of ``SpectralCodec.delay`` samples.
+The encoder reads a log-mel spectrogram, so codes tell how loud each band is and leave the phases to the
+decoder. That is one of the kind of Vocos (Siuzdak 2023): blocks at the rate of spectral frames, magnitudes
+and phases, an inverse Fourier transform. Beside its blocks a linear path leads from codes to spectrogram;
+:meth:`SpectralCodec.start_transform` makes it principal components before training, and the magnitudes start
+there. All layers but the first of the decoder look back only, so it streams with a delay of
+``SpectralCodec.delay`` samples. No two sounds of one spectrogram are told apart: the decoded waveform has
+phases of its own.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from nar_speech.errors import ConfigError
 from nar_speech.layers.convnext import CausalConvNeXtBlock
 from nar_speech.types import Codes
 
-KNEE = 0.05  # compressed coefficients above it follow the square root, below it they are nearly linear
-LEVELLING = 0.5  # power of a frame's level that its coefficients are divided by: quiet frames get codes too
-LOUDEST = 5.0  # a decoded level is not above it; a square wave of full scale has 0
-QUIET = 1e-4  # added to levels; digital silence has this one
+QUIET = 1e-4  # mel magnitudes are not below it
+LOUDEST = 7.0  # log of the largest decoded magnitude; a tone of full scale has log(window / 4)
+TINY = 1e-4  # square of the parts of a phase below which they don't count
+SCALE = 0.2  # of log-mel values inside the network
+LEAST_WINDOWS = 1e-3  # of the sum of squared windows by which the frames' sum is divided
 
 
 @dataclass(frozen=True)
@@ -35,22 +38,26 @@ class SpectralCodecConfig:
 
     Attributes:
         sample_rate: Hz.
-        hop: samples of a frame, and coefficients of it; windows are twice as long. Even.
+        hop: samples of a frame of codes.
+        splits: spectral frames in a frame of codes.
+        overlap: how many spectral frames a window is long.
+        mels: bands of the spectrogram.
         width, expansion: channels of the blocks, and how many times more they have inside.
-        encoder_blocks, decoder_blocks: ConvNeXt blocks.
-        lookahead: frames after the current one that the decoder sees.
+        encoder_blocks, decoder_blocks: ConvNeXt blocks, at the rate of codes and of spectral frames.
+        lookahead: frames of codes after the current one that the decoder sees.
         quantizer: residual codebooks ("rvq") or rounded values ("fsq").
         num_codebooks, codebook_size, code_width: of the codebooks.
         steps: of each group of an FSQ.
-        emphasis: coefficients are coded as if each sample had this part of the one before taken from it, so
-            that codes tell more of high frequencies, which are weak in speech and music.
     """
 
     sample_rate: int = 16000
     hop: int = 320
+    splits: int = 2
+    overlap: int = 4
+    mels: int = 96
     width: int = 256
     expansion: int = 3
-    encoder_blocks: int = 5
+    encoder_blocks: int = 4
     decoder_blocks: int = 9
     lookahead: int = 1
     quantizer: Literal["rvq", "fsq"] = "rvq"
@@ -58,31 +65,30 @@ class SpectralCodecConfig:
     codebook_size: int = 1024
     code_width: int = 64
     steps: list[int] | None = None
-    emphasis: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.emphasis < 1:
-            raise ConfigError(f"network.emphasis: must be at least 0 and below 1, got {self.emphasis}")
-        for name in (
-            "sample_rate",
-            "hop",
-            "width",
-            "expansion",
-            "num_codebooks",
-            "codebook_size",
-            "code_width",
-        ):
+        positive = "sample_rate hop splits mels width expansion num_codebooks codebook_size code_width"
+        for name in positive.split():
             if getattr(self, name) < 1:
                 raise ConfigError(f"network.{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("encoder_blocks", "decoder_blocks", "lookahead"):
             if not 0 <= getattr(self, name) <= 100:
                 raise ConfigError(f"network.{name}: must be 0 to 100, got {getattr(self, name)}")
-        if self.hop % 2:
-            raise ConfigError(f"network.hop: must be even, got {self.hop}")
+        if self.overlap < 2:
+            raise ConfigError(f"network.overlap: must be at least 2, got {self.overlap}")
+        if self.hop % self.splits or self.stride * (self.overlap - 1) % 2:
+            raise ConfigError(
+                f"network.hop: must be a multiple of network.splits, and hop / splits even, got {self.hop}"
+            )
         if self.code_width > self.width:
             raise ConfigError(f"network.code_width: at most network.width, got {self.code_width}")
         if (self.quantizer == "fsq") != (self.steps is not None):
             raise ConfigError("network.steps: belongs to network.quantizer=fsq, and only to it")
+
+    @property
+    def stride(self) -> int:
+        """Samples from one spectral frame to the next."""
+        return self.hop // self.splits
 
 
 @dataclass(frozen=True)
@@ -98,9 +104,9 @@ class SpectralEncoderState:
 class SpectralDecoderState:
     """What the decoder keeps of the past.
 
-    Latents (B, P, D) that its first layer still needs, the last frames of every block, the samples that the
-    next window will add to with the sum of squared windows there (B, hop), and how many samples to come lie
-    before the signal.
+    Latents (B, P, D) that its first layer still needs, the last frames of every block, the samples that later
+    windows will add to with the sum of squared windows there (B, window - stride), and how many samples to
+    come lie before the signal.
     """
 
     pending: Tensor
@@ -108,6 +114,22 @@ class SpectralDecoderState:
     overlap: Tensor
     envelope: Tensor
     skip: int
+
+
+@dataclass(frozen=True)
+class SpectralOutput:
+    """Of training.
+
+    Attributes:
+        waves: (B, N).
+        quantized: what the quantizer gave.
+        mel_error: scalar, mean absolute difference of the natural logarithms of mel magnitudes, of those that
+            the codes tell and those of the input.
+    """
+
+    waves: Tensor
+    quantized: Quantized
+    mel_error: Tensor
 
 
 class SpectralCodec(Codec):
@@ -121,80 +143,88 @@ class SpectralCodec(Codec):
         self.config = c = config
         self.sample_rate, self.hop = c.sample_rate, c.hop
         self.frame_rate = c.sample_rate / c.hop
-        self.edge = c.hop // 2  # samples of the first and last windows outside the signal
+        self.stride, size = c.stride, c.stride * c.overlap
+        self.edge = (size - c.stride) // 2  # samples of the first and last windows outside the signal
         self.delay = 2 * self.edge + c.lookahead * c.hop
+        bins = size // 2 + 1
+        filters = mel_filters(c.sample_rate, bins, c.mels)
+        self.register_buffer("window", torch.hann_window(size), persistent=False)
+        self.register_buffer("filters", filters, persistent=False)
+        # From log-mel values to log magnitudes: (mels, bins), and what is added.
+        spread = F.normalize(filters, 1, 1).T
+        level = -filters.sum(0).clamp_min(1e-6).log() @ spread
+        self.register_buffer("spread", spread, persistent=False)
         self.register_buffer(
-            "window", torch.sin(math.pi * (torch.arange(2 * c.hop) + 0.5) / (2 * c.hop)), False
+            "level", torch.where(filters.sum(1) > 0, level, math.log(QUIET)), persistent=False
         )
-        self.register_buffer("basis", cosine_basis(c.hop), persistent=False)
-        self.register_buffer("tilt", emphasis_of_bins(c.hop, c.emphasis), persistent=False)
 
         def blocks(count: int) -> nn.ModuleList:
             return nn.ModuleList(CausalConvNeXtBlock(c.width, c.width * c.expansion) for _ in range(count))
 
-        self.spectrum_in = nn.Linear(c.hop + 1, c.width)
+        self.mels_in = nn.Linear(c.splits * c.mels, c.width)
         self.encoder_blocks = blocks(c.encoder_blocks)
         if c.quantizer == "rvq":
             self.quantizer = ResidualVectorQuantizer(c.width, c.num_codebooks, c.codebook_size, c.code_width)
         else:
             self.quantizer = FiniteScalarQuantizer(c.width, c.num_codebooks, c.steps)
         self.num_codebooks, self.codebook_size = c.num_codebooks, self.quantizer.codebook_size
+        self.mels_out = nn.Linear(c.width, c.splits * c.mels)
+        nn.init.constant_(self.mels_out.bias, math.log(1e-2))  # soft sounds before any training
         self.past = 2  # frames before the current one in the decoder's first layer
-        self.embed = nn.Conv1d(c.width, c.width, self.past + 1 + c.lookahead)
+        self.embed = nn.Conv1d(c.width, c.splits * c.width, self.past + 1 + c.lookahead)
         self.decoder_blocks = blocks(c.decoder_blocks)
-        self.spectrum_out = nn.Linear(c.width, c.hop + 1)
+        self.spectrum_out = nn.Linear(c.width, 3 * bins)
 
     # ---- beginning of a training ------------------------------------------------------------------------
 
     @torch.no_grad()
     def start_transform(self, waves: Tensor) -> None:
-        """Make the linear path a transform codec: the level and the first principal components.
+        """Make the path from the spectrogram to the codes and back principal components.
 
-        They are ``code_width`` in all; with an FSQ as many as it has values. Without it the waveform gets
-        through only after a long training.
+        They are ``code_width`` in all; with an FSQ as many as it has values.
 
         Args:
             waves: (B, N), N a multiple of ``hop``; some minutes of sound.
         """
         most = self.quantizer.project_in.out_features if self.config.quantizer == "fsq" else None
-        size = min(most or self.config.code_width, self.config.width, self.hop + 1)
-        spectra = self._analyse(waves).flatten(0, 1)
-        coefficients = spectra[:, 1:]
-        _, vectors = torch.linalg.eigh(coefficients.T @ coefficients)
-        components = torch.zeros(self.hop + 1, size, device=waves.device)
-        components[0, 0] = 1.0
-        components[1:, 1:] = vectors.flip(1)[:, : size - 1]
+        size = min(most or self.config.code_width, self.config.width, self.mels_in.in_features)
+        mels = self._analyse(waves).flatten(0, 1)
+        mean = mels.mean(0)
+        _, vectors = torch.linalg.eigh((mels - mean).T @ (mels - mean))
+        components = vectors.flip(1)[:, :size]
         unit = torch.eye(self.config.width, device=waves.device)
-        for layer in (self.spectrum_in, self.embed, self.spectrum_out):
-            nn.init.zeros_(layer.bias)
-        self.spectrum_in.weight[:size] = components.T
-        self.quantizer.start_projections(unit[:size], spectra @ components)
-        nn.init.normal_(self.embed.weight, std=1e-3)
-        self.embed.weight[:, :, self.past] += unit
-        nn.init.zeros_(self.spectrum_out.weight)
-        self.spectrum_out.weight[:, :size] = components
+        nn.init.zeros_(self.mels_in.bias)
+        self.mels_in.weight[:size] = SCALE * components.T
+        self.mels_in.bias[:size] = -SCALE * (mean @ components)
+        self.quantizer.start_projections(unit[:size], SCALE * ((mels - mean) @ components))
+        nn.init.zeros_(self.mels_out.weight)
+        self.mels_out.weight[:, :size] = components / SCALE
+        self.mels_out.bias.copy_(mean)
+        bins = self.spectrum_out.out_features // 3
+        for values in (self.spectrum_out.weight, self.spectrum_out.bias):
+            nn.init.zeros_(values[:bins])
 
     @torch.no_grad()
     def start_codebooks(self, waves: Tensor) -> None:
         """Let codebooks begin with what fits waves (B, N), N a multiple of ``hop``: some minutes of sound."""
         if self.config.quantizer == "rvq":
-            latents = [self._latents(part) for part in waves.split(16)]
+            latents = [self._encode_mels(self._analyse(part), None)[0] for part in waves.split(16)]
             self.quantizer.start(torch.cat(latents).flatten(0, 1))
 
     # ---- whole signals ----------------------------------------------------------------------------------
 
-    def forward(
-        self, waves: Tensor, levels: Tensor | None = None, quantize: bool = True
-    ) -> tuple[Tensor, Quantized]:
-        """Training: waves (B, N), N a multiple of ``hop``, to the decoded ones and the quantizer's output.
+    def forward(self, waves: Tensor, levels: Tensor | None = None, quantize: bool = True) -> SpectralOutput:
+        """Training: waves (B, N), N a multiple of ``hop``, coded and decoded.
 
         Args:
             levels: (B,) codebooks each item may use, or None for all.
             quantize: False passes the latents on as they are, for the beginning of a training.
         """
-        latents = self._latents(waves)
+        mels = self._analyse(waves)
+        latents, _ = self._encode_mels(mels, None)
         quantized = self.quantizer(latents, levels) if quantize else self.quantizer.skip(latents)
-        return self._synthesise(quantized.latents), quantized
+        error = (self.mels_out(quantized.latents).float() - mels).abs().mean()
+        return SpectralOutput(self._synthesise(quantized.latents), quantized, error)
 
     @torch.no_grad()
     def encode(self, waves: Tensor, lengths: Tensor | None = None, num_codebooks: int | None = None) -> Codes:
@@ -203,7 +233,8 @@ class SpectralCodec(Codec):
         waves = F.pad(waves[:, 0].float(), (0, -waves.shape[2] % self.hop))
         frames = torch.div(lengths + self.hop - 1, self.hop, rounding_mode="floor")
         if waves.shape[1]:
-            tokens = self.quantizer.encode(self._latents(waves), num_codebooks)
+            latents, _ = self._encode_mels(self._analyse(waves), None)
+            tokens = self.quantizer.encode(latents, num_codebooks)
         else:
             tokens = lengths.new_zeros(len(waves), num_codebooks, 0)
         tokens = tokens * present(frames, tokens.shape[2])[:, None]
@@ -249,19 +280,19 @@ class SpectralCodec(Codec):
         if final:
             rest = pending.shape[1] - self.edge
             pending = F.pad(pending, (0, -rest % self.hop + self.edge))
-        frames = max(0, pending.shape[1] // self.hop - 1)
+        frames = max(0, (pending.shape[1] - 2 * self.edge) // self.hop)
         if not frames:
             tokens = torch.zeros(len(waves), state.num_codebooks, 0, dtype=torch.int64, device=waves.device)
             return tokens, replace(state, pending=pending)
-        spectra = self._transform(pending[:, : (frames + 1) * self.hop])
-        latents, blocks = self._encode_spectra(spectra, state.blocks)
+        mels = self._mels(pending[:, : frames * self.hop + 2 * self.edge])
+        latents, blocks = self._encode_mels(mels, state.blocks)
         tokens = self.quantizer.encode(latents, state.num_codebooks)
         return tokens, replace(state, pending=pending[:, frames * self.hop :], blocks=blocks)
 
     def init_decoder(self, batch: int) -> SpectralDecoderState:
         """State of ``batch`` streams that go in lockstep."""
         blocks = tuple(block.init_state(batch, self.window.device) for block in self.decoder_blocks)
-        tail = self.window.new_zeros(batch, self.hop)
+        tail = self.window.new_zeros(batch, 2 * self.edge)
         pending = self.window.new_zeros(batch, self.past, self.config.width)
         return SpectralDecoderState(pending, blocks, tail, tail.clone(), self.edge)
 
@@ -279,44 +310,34 @@ class SpectralCodec(Codec):
             pending = F.pad(pending, (0, 0, 0, self.config.lookahead))
         waves = self.window.new_zeros(len(pending), 0)
         if pending.shape[1] >= self.embed.kernel_size[0]:
-            spectra, blocks = self._decode_latents(pending, state.blocks)
-            waves, overlap, envelope = self._overlap_add(self._frames(spectra), state.overlap, state.envelope)
+            frames, blocks = self._decode_latents(pending, state.blocks)
+            waves, overlap, envelope = self._overlap_add(frames, state.overlap, state.envelope)
             state = replace(state, blocks=blocks, overlap=overlap, envelope=envelope)
         keep = min(pending.shape[1], self.embed.kernel_size[0] - 1)
         state = replace(state, pending=pending[:, pending.shape[1] - keep :])
         if final and begun:
-            waves = torch.cat([waves, (state.overlap / state.envelope.clamp_min(1e-11))[:, : self.edge]], 1)
+            rest = state.overlap / state.envelope.clamp_min(LEAST_WINDOWS)
+            waves = torch.cat([waves, rest[:, : self.edge]], 1)
         skip = min(state.skip, waves.shape[1])
         return waves[:, None, skip:], replace(state, skip=state.skip - skip)
 
     # ---- parts ------------------------------------------------------------------------------------------
 
     def _analyse(self, waves: Tensor) -> Tensor:
-        """Levels and coefficients (B, T, 1 + hop) of waves (B, N), N a multiple of the hop."""
-        return self._transform(F.pad(waves, (self.edge, self.edge)))
+        """Log-mel values (B, T, splits * mels) of waves (B, N), N a multiple of the hop."""
+        return self._mels(F.pad(waves, (self.edge, self.edge)))
 
-    def _latents(self, waves: Tensor) -> Tensor:
-        """Latents (B, T, D) before quantization of waves (B, N), N a multiple of the hop."""
-        return self._encode_spectra(self._analyse(waves), None)[0]
-
-    def _transform(self, waves: Tensor) -> Tensor:
-        """Level and coefficients (B, T, 1 + hop) of every whole window of ``waves`` (B, (T + 1) * hop).
-
-        The level is a logarithm; coefficients are divided by a power of it and compressed.
-        """
+    def _mels(self, waves: Tensor) -> Tensor:
+        """Of every whole window of ``waves`` (B, T * hop + 2 * edge)."""
         with torch.autocast(waves.device.type, enabled=False):
-            frames = waves.float().unfold(1, 2 * self.hop, self.hop) * self.window
-            coefficients = frames @ self.basis * self.tilt
-            level = (coefficients.square().mean(-1, keepdim=True).sqrt() + QUIET).log()
-            coefficients = coefficients / (LEVELLING * level).exp()
-            # The inverse of what _frames does: y (|y| + KNEE) = x.
-            compressed = coefficients * 2 / (KNEE + (KNEE**2 + 4 * coefficients.abs()).sqrt())
-            return torch.cat([level, compressed], -1)
+            frames = waves.float().unfold(1, len(self.window), self.stride) * self.window
+            mels = (torch.fft.rfft(frames).abs() @ self.filters).clamp_min(QUIET).log()
+            return mels.unflatten(1, (-1, self.config.splits)).flatten(2)
 
-    def _encode_spectra(
-        self, spectra: Tensor, states: tuple[Tensor, ...] | None
+    def _encode_mels(
+        self, mels: Tensor, states: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return _through(self.encoder_blocks, self.spectrum_in(spectra), states)
+        return _through(self.encoder_blocks, self.mels_in(mels), states)
 
     def _synthesise(self, latents: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Waves (B, T * hop) of latents (B, T, D), of which ``lengths`` (B,) count."""
@@ -324,63 +345,56 @@ class SpectralCodec(Codec):
         if lengths is not None:
             there = present(lengths, latents.shape[1])[:, :, None]
             latents = latents * there
-        spectra, _ = self._decode_latents(F.pad(latents, (0, 0, self.past, self.config.lookahead)), None)
-        tail = latents.new_zeros(len(latents), self.hop)
-        waves, overlap, envelope = self._overlap_add(self._frames(spectra), tail, tail, there)
-        waves = torch.cat([waves, overlap / envelope.clamp_min(1e-11)], 1)
+            there = there.repeat_interleave(self.config.splits, 1)
+        frames, _ = self._decode_latents(F.pad(latents, (0, 0, self.past, self.config.lookahead)), None)
+        tail = self.window.new_zeros(len(latents), 2 * self.edge)
+        waves, overlap, envelope = self._overlap_add(frames, tail, tail, there)
+        waves = torch.cat([waves, overlap / envelope.clamp_min(LEAST_WINDOWS)], 1)
         return waves[:, self.edge : self.edge + latents.shape[1] * self.hop]
 
     def _decode_latents(
         self, latents: Tensor, states: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Levels and coefficients (B, T, 1 + hop) of latents and those that the first layer needs besides."""
-        x, after = _through(self.decoder_blocks, self.embed(latents.transpose(1, 2)).transpose(1, 2), states)
-        return self.spectrum_out(x), after
-
-    def _frames(self, spectra: Tensor) -> Tensor:
-        """Windowed samples (B, T, 2 * hop) of levels and coefficients (B, T, 1 + hop)."""
-        with torch.autocast(spectra.device.type, enabled=False):
-            level, compressed = spectra.float().split([1, self.hop], -1)
-            coefficients = (
-                compressed * (compressed.abs() + KNEE) * (LEVELLING * level.clamp(max=LOUDEST)).exp()
-            )
-            return (coefficients / self.tilt) @ self.basis.T * self.window
+        """Windowed samples (B, T * splits, window) of latents (B, past + T + lookahead, D)."""
+        splits, ahead = self.config.splits, self.config.lookahead
+        x = self.embed(latents.transpose(1, 2)).transpose(1, 2)
+        x, after = _through(self.decoder_blocks, x.unflatten(2, (splits, -1)).flatten(1, 2), states)
+        mels = self.mels_out(latents[:, self.past : latents.shape[1] - ahead])
+        with torch.autocast(latents.device.type, enabled=False):
+            mels = mels.float().unflatten(2, (splits, -1)).flatten(1, 2)
+            magnitude, real, imaginary = self.spectrum_out(x).float().chunk(3, -1)
+            magnitude = magnitude + mels @ self.spread + self.level
+            # Of length 1 but where both parts are tiny, whose direction is rounding.
+            size = magnitude.clamp(max=LOUDEST).exp() * (real.square() + imaginary.square() + TINY).rsqrt()
+            spectra = torch.complex(size * real, size * imaginary)
+            return torch.fft.irfft(spectra, len(self.window)) * self.window, after
 
     def _overlap_add(
         self, frames: Tensor, overlap: Tensor, envelope: Tensor, there: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Frames (B, T, 2 * hop) added up, after what earlier ones left over.
-
-        Outside the signal there is silence, so the halves of the first and last windows that have no partner
-        hold no aliases: dividing by the sum of squared windows makes them whole.
+        """Frames (B, F, window) added up, after what earlier ones left over, by the sum of squared windows.
 
         Args:
-            overlap, envelope: (B, hop), what an earlier call gave for them.
-            there: (B, T, 1), which frames there are; None: all.
+            overlap, envelope: (B, window - stride), what an earlier call gave for them.
+            there: (B, F, 1), which frames there are; None: all.
 
         Returns:
-            (B, T * hop) finished samples, and what the next frame adds to: (B, hop) samples, not yet divided
-            by the sum of squared windows, and that sum.
+            (B, F * stride) finished samples, and what the next frames add to: (B, window - stride) samples,
+            not yet divided by the sum of squared windows, and that sum.
         """
         squares = self.window.square().expand_as(frames)
         if there is not None:
             frames, squares = frames * there, squares * there
-        total, after = _add_halves(frames, overlap)
-        weight, rest = _add_halves(squares, envelope)
-        return total / weight.clamp_min(1e-11), after, rest
+        total, after = _add_up(frames, overlap, self.stride)
+        weight, rest = _add_up(squares, envelope, self.stride)
+        return total / weight.clamp_min(LEAST_WINDOWS), after, rest
 
 
-def cosine_basis(hop: int) -> Tensor:
-    """(2 * hop, hop) cosines of the transform; with a sine window its frames add up to the signal again."""
-    time = torch.arange(2 * hop, dtype=torch.float64) + 0.5 + hop / 2
-    phase = math.pi / hop * time[:, None] * (torch.arange(hop, dtype=torch.float64) + 0.5)
-    return (math.sqrt(2 / hop) * phase.cos()).float()
+def mel_filters(sample_rate: int, bins: int, mels: int) -> Tensor:
+    """(bins, mels) triangles of equal area, from 0 to half the sample rate."""
+    from torchaudio.functional import melscale_fbanks
 
-
-def emphasis_of_bins(hop: int, emphasis: float) -> Tensor:
-    """(hop,) gains of the filter ``1 - emphasis z^-1`` at the frequencies of the coefficients."""
-    angle = math.pi / hop * (torch.arange(hop, dtype=torch.float64) + 0.5)
-    return (1 - 2 * emphasis * angle.cos() + emphasis**2).sqrt().float()
+    return melscale_fbanks(bins, 0.0, sample_rate / 2, mels, sample_rate, norm="slaney")
 
 
 def _through(
@@ -394,8 +408,13 @@ def _through(
     return x, tuple(after)
 
 
-def _add_halves(frames: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T * hop) sums of frames (B, T, 2 * hop) laid half over each other, and the last half (B, hop)."""
-    first, second = frames.chunk(2, -1)
-    before = torch.cat([overlap[:, None], second[:, :-1]], 1)
-    return (first + before).flatten(1), second[:, -1]
+def _add_up(frames: Tensor, overlap: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """(B, F * stride) sums of frames (B, F, W) that begin ``stride`` apart, and the W - stride after them."""
+    batch, count, size = frames.shape
+    pieces = frames.unflatten(2, (-1, stride))
+    parts = size // stride
+    total = frames.new_zeros(batch, count + parts - 1, stride)
+    total[:, : parts - 1] = overlap.unflatten(1, (-1, stride))
+    for part in range(parts):
+        total[:, part : part + count] += pieces[:, :, part]
+    return total[:, :count].flatten(1), total[:, count:].flatten(1)

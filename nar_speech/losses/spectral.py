@@ -61,20 +61,6 @@ def mel_distance(
     return mel_distances(waves, target, sample_rate, windows, mels)[0]
 
 
-def wave_distance(waves: Tensor, target: Tensor, emphasis: float = 0.0, quiet: float = 1e-3) -> Tensor:
-    """Mean absolute difference of samples, relative to the mean absolute value of the target; a scalar.
-
-    Args:
-        waves, target: (B, N) samples; every row counts alike.
-        emphasis: part of the sample before that is taken from every sample first, so that high frequencies
-            count more.
-        quiet: added to the mean value of a row, so that silence does not count for much.
-    """
-    waves, target = (x.float()[:, 1:] - emphasis * x.float()[:, :-1] for x in (waves, target))
-    difference = (waves - target).abs().mean(1)
-    return (difference / (target.abs().mean(1) + quiet)).mean()
-
-
 @lru_cache(maxsize=64)
 def _mel_filters(sample_rate: int, window: int, bands: int) -> Tensor:
     """(window / 2 + 1, bands) triangles; empty ones of a coarse spectrum are left out."""

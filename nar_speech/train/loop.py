@@ -56,7 +56,8 @@ class TrainConfig:
         metric: which number of ``validate`` ranks weights.
         keep_last, keep_weights: full checkpoints, and weights of validations, that stay on disk.
         average: final weights = mean of the ``keep_weights`` "best" or "last" validated ones, if that
-            validates better than the best single ones; "none" takes the best single ones.
+            validates better than the best single ones; "none" takes the best single ones, "end" those of the
+            end, for adversarial trainings, which validation can't judge.
         max_bad_steps: after so many steps in a row with a non-finite loss or gradient, training fails.
         resume: False refuses to start in a folder that holds checkpoints.
     """
@@ -76,7 +77,7 @@ class TrainConfig:
     higher_is_better: bool = False
     keep_last: int = 2
     keep_weights: int = 5
-    average: Literal["best", "last", "none"] = "best"
+    average: Literal["best", "last", "none", "end"] = "best"
     max_bad_steps: int = 20
     find_unused_parameters: bool = False
     resume: bool = True
@@ -314,13 +315,16 @@ class _Run:
         return metrics
 
     def finish(self) -> TrainResult:
-        """Load the final weights: the average of the kept ones, or the best single ones."""
+        """Load the final weights: the average of the kept ones, the best single ones, or those of the end."""
         barrier(self.world)
         progress, config = self.progress, self.config
         ranked = self.saver.ranked(*self._ranking())
-        if not self.validate or not ranked:
+        if not self.validate or not ranked or config.average == "end":
             if self.ema:
                 self.model.load_state_dict(self.ema.weights)
+            if self.validate and config.average == "end":
+                self.metrics = self._measure()
+                self.reporter.validation(progress.step, self.metrics, "final")
             return TrainResult(progress.step, self.metrics, f"step {progress.step}", True)
         sign = 1.0 if config.higher_is_better else -1.0
         best = self.saver.ranked(progress.scores, config.higher_is_better, "best")[0]

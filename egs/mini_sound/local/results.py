@@ -120,7 +120,7 @@ def codec_card(section: str) -> str:
     return f"""# mini_codec
 
 A codec of 16 kHz mono speech and sound: 50 frames a second, 1 to 12 codebooks of 10 bits (0.5 to 6 kbit/s),
-streams with a delay of 40 ms. Made by egs/mini_sound on two CPU cores. Licence: Apache-2.0; training data:
+streams with a delay of 50 ms. Made by egs/mini_sound on two CPU cores. Licence: Apache-2.0; training data:
 egs/mini_sound/README.md (CC BY, CC0, Apache-2.0 and public-domain recordings, rendered music and effects).
 
 {section}"""

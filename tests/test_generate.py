@@ -1,6 +1,7 @@
 """SoundGenerator and ``nar-speech generate`` with small models of random weights."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,6 +107,7 @@ def test_long_clips_are_made_in_windows(generator):
     assert codes_of(result).shape[1] == 125
     assert result.calls == 32
     assert [trace.masked.shape[1] for trace in result.traces] == [50, 50, 50, 50]
+    assert [trace.begin for trace in result.traces] == [0, 30, 60, 75]
     assert result.traces[1].fixed.all(0).sum() == 20
     assert done[-1] == (32, 32)
     assert [now for now, _ in done] == sorted(now for now, _ in done)
@@ -328,7 +330,7 @@ def test_colours_of_the_steps(tmp_path):
     four = ItemTrace(**{**vars(trace), "stage": np.zeros(5, int), "masked": later})
     assert np.allclose(step_colours(four, 0)[2, 1], AGAIN)
     plot_steps(trace, tmp_path / "steps.png", 25.0, "cost $5")
-    plot_steps([trace, trace], tmp_path / "two.png", 25.0)
+    plot_steps([trace, replace(trace, begin=3)], tmp_path / "two.png", 25.0)
     assert (tmp_path / "two.png").stat().st_size > 1000
     with pytest.raises(InputError, match="can't write the picture"):
         plot_steps(trace, tmp_path / "no" / "steps.png", 25.0)

@@ -234,6 +234,15 @@ def test_an_average_that_is_worse_is_not_taken(tmp_path):
     assert torch.equal(model.weight, Saver(tmp_path).load_weights(6)["weight"])
 
 
+def test_the_weights_of_the_end_are_taken_where_validation_can_not_judge(tmp_path):
+    scores = iter([1.0, 2.0, 3.0, 4.0])
+    model = linear()
+    config = small_config(tmp_path, max_steps=9, average="end")
+    result = train(config, model, square, Numbers(), lambda m: {"loss": next(scores)})
+    assert (result.weights_from, result.metrics) == ("step 9", {"loss": 4.0})
+    assert torch.equal(model.weight, Saver(tmp_path).load_weights(9)["weight"])
+
+
 def test_minutes_as_budget_drive_the_schedule_and_are_saved(tmp_path):
     config = small_config(
         tmp_path, max_steps=None, max_minutes=1 / 60, save_every=1000, validate_every=100000,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -496,7 +496,7 @@ class SoundGenerator:
                 clip.seconds["text"] = text_seconds
                 clip.seconds["sampling"] = clip.seconds.get("sampling", 0.0) + seconds
                 if record is not None:
-                    clip.traces.append(record.item(row))
+                    clip.traces.append(replace(record.item(row), begin=begin))
 
     def _result(self, clip: _Clip, config: GenerationConfig) -> SoundResult:
         """Codes to sound, alone, so that no mate changes it."""

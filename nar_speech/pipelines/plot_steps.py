@@ -50,7 +50,7 @@ def plot_steps(
     Args:
         traces: of the clip, or of each of its windows, which are drawn side by side.
         path: its suffix names the format, .png for example.
-        frame_rate: code frames per second.
+        frame_rate: code frames per second. Time is that of the clip.
 
     Raises:
         InputError: the picture can't be written.
@@ -71,10 +71,10 @@ def plot_steps(
         codebooks + 1, len(traces), squeeze=False, height_ratios=ratios, width_ratios=widths
     )
     for column, trace in enumerate(traces):
-        duration = trace.masked.shape[1] / frame_rate
+        span = trace.begin / frame_rate, (trace.begin + trace.masked.shape[1]) / frame_rate
         for stage in range(codebooks):
-            _draw_stage(axes[stage, column], trace, stage, duration, first=column == 0)
-        image = _draw_summary(axes[-1, column], trace, duration)
+            _draw_stage(axes[stage, column], trace, stage, span, first=column == 0)
+        image = _draw_summary(axes[-1, column], trace, span)
         if column == 0:
             axes[-1, 0].set_ylabel("codebook")
         if column == len(traces) - 1:
@@ -84,7 +84,7 @@ def plot_steps(
     save_picture(figure, path)
 
 
-def _draw_stage(axis: Any, trace: ItemTrace, stage: int, duration: float, first: bool) -> None:
+def _draw_stage(axis: Any, trace: ItemTrace, stage: int, span: tuple[float, float], first: bool) -> None:
     """Calls of one codebook, downwards."""
     picture = step_colours(trace, stage)
     calls = np.flatnonzero(trace.stage == stage)
@@ -93,7 +93,7 @@ def _draw_stage(axis: Any, trace: ItemTrace, stage: int, duration: float, first:
         axis.text(0.5, 0.5, "given", ha="center", va="center", transform=axis.transAxes)
         axis.set_yticks([])
         return
-    axis.imshow(picture, aspect="auto", interpolation="nearest", extent=(0, duration, len(calls) + 0.5, 0.5))
+    axis.imshow(picture, aspect="auto", interpolation="nearest", extent=(*span, len(calls) + 0.5, 0.5))
     heat, guide = trace.temperature[calls], trace.guidance[calls]
     axis.set_title(
         f"codebook {stage}: temperature {heat[0]:.2g} to {heat[-1]:.2g},"
@@ -107,7 +107,7 @@ def _draw_stage(axis: Any, trace: ItemTrace, stage: int, duration: float, first:
         axis.set_ylabel("step")
 
 
-def _draw_summary(axis: Any, trace: ItemTrace, duration: float) -> Any:
+def _draw_summary(axis: Any, trace: ItemTrace, span: tuple[float, float]) -> Any:
     """(K, T) in which share of its stage's steps every code was fixed."""
     codebooks, length = trace.fixed.shape
     shares = np.full((codebooks, length), np.nan)
@@ -125,5 +125,5 @@ def _draw_summary(axis: Any, trace: ItemTrace, duration: float) -> Any:
         cmap=COLOURS,
         vmin=0,
         vmax=1,
-        extent=(0, duration, codebooks - 0.5, -0.5),
+        extent=(*span, codebooks - 0.5, -0.5),
     )

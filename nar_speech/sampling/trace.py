@@ -37,6 +37,7 @@ class ItemTrace:
         confidence: (S, T) float32 of what was drawn; 0 where nothing was.
         temperature, guidance: (S,) float32.
         fixed: (K, T) bool, what was given and never changed.
+        begin: the first position's place in the clip, where the item is a window of one.
     """
 
     stage: np.ndarray
@@ -47,6 +48,7 @@ class ItemTrace:
     temperature: np.ndarray
     guidance: np.ndarray
     fixed: np.ndarray
+    begin: int = 0
 
     def fixed_at(self, stage: int) -> np.ndarray:
         """(T,) which call of a stage, from 1, gave each position its final token; 0 where it was given."""

@@ -53,9 +53,11 @@ def random_network(cls: type, config: MagnetConfig | MusicGenConfig, seed: int =
     with SkipInit():
         network = cls(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
+    for name, parameter in network.named_parameters():
         if parameter.ndim > 1:
             parameter.uniform_(-1, 1, generator=generator).mul_((3 / parameter.shape[1]) ** 0.5)
+        else:
+            parameter.fill_(float(name.endswith("weight")))  # norms
     return network
 
 

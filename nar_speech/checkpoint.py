@@ -202,6 +202,15 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors as hexadecimal digits, whatever their order and device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite."""
     if not tensor.is_floating_point() or tensor.numel() == 0:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nar_speech.checkpoint import sha256_of
 from nar_speech.codec.base import Codec
 from nar_speech.codec.load import load_codec
 from nar_speech.data.augment import open_cuts, read_cut
@@ -60,7 +61,9 @@ def prepare(
     if Path(codec_name).is_dir() and codec_name not in embedded_models():
         codec_name = str(Path(codec_name).resolve())  # the training may run in another folder
     codebooks = codec.check_codebooks(num_codebooks)
-    settings = [digest(codec), codebooks, shard_size, digest([cut.to_dict() for cut in cuts])]
+    contents = json.dumps([cut.to_dict() for cut in cuts], sort_keys=True, default=str)
+    made_of = sha256_of(codec.state_dict()), hashlib.sha256(contents.encode()).hexdigest()
+    settings = [*made_of, codebooks, shard_size]
     if (out / MADE).is_file() and json.loads((out / MADE).read_text()) != settings:
         raise ConfigError(
             f"{out}: has codes of other cuts or captions, or of another codec; remove it or name another"
@@ -86,18 +89,6 @@ def prepare(
     )
     write_index(out, index)
     return index
-
-
-def digest(made_of: Codec | list) -> str:
-    """What tells a codec by its weights, or plain data, from any other: 16 hexadecimal digits."""
-    found = hashlib.sha256()
-    if isinstance(made_of, Codec):
-        for name, tensor in sorted(made_of.state_dict().items()):
-            found.update(name.encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    else:
-        found.update(json.dumps(made_of, sort_keys=True, default=str).encode())
-    return found.hexdigest()[:16]
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ latents, d of the codes, K levels, T frames.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -52,6 +52,12 @@ class FvqConfig:
         configs.check_range(self, 1, configs.MAX_VOCABULARY, "codebook_size")
         configs.check_range(self, 0, 1, "quantizer_dropout")
         configs.check_range(self, 0, 1e6, "commitment", "codebook_loss_weight")
+
+    @classmethod
+    def of(cls, whole: object, input_dim: int) -> FvqConfig:
+        """Of a configuration that has fields of the same names among its own; others have their defaults."""
+        shared = {part.name: getattr(whole, part.name) for part in fields(cls) if hasattr(whole, part.name)}
+        return cls(**{**shared, "input_dim": input_dim})
 
 
 @dataclass(frozen=True)

@@ -111,17 +111,7 @@ class DecoderConfig:
 
     def quantizer(self) -> FvqConfig:
         """Of the quantizer."""
-        return FvqConfig(
-            input_dim=self.in_channels,
-            num_quantizers=self.num_quantizers,
-            codebook_size=self.codebook_size,
-            codebook_dim=self.codebook_dim,
-            quantizer_dropout=self.quantizer_dropout,
-            commitment=self.commitment,
-            codebook_loss_weight=self.codebook_loss_weight,
-            use_l2_normlize=self.use_l2_normlize,
-            quantizer_type=self.quantizer_type,
-        )
+        return FvqConfig.of(self, self.in_channels)
 
     def vocos(self) -> VocosConfig:
         """Of Vocos."""

@@ -62,15 +62,7 @@ class RepCodecConfig:
 
     def quantizer(self) -> FvqConfig:
         """Between both."""
-        return FvqConfig(
-            input_dim=self.hidden_size,
-            num_quantizers=self.num_quantizers,
-            codebook_size=self.codebook_size,
-            codebook_dim=self.codebook_dim,
-            quantizer_dropout=self.quantizer_dropout,
-            commitment=self.commitment,
-            codebook_loss_weight=self.codebook_loss_weight,
-        )
+        return FvqConfig.of(self, self.hidden_size)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from nar_speech.config import MAX_BLOCKS, MAX_VOCABULARY, MAX_WIDTH, check_range
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.layers.dot_product import dot_product_attention
-from nar_speech.layers.packed import linear_gelu, pack_linear_layers
+from nar_speech.layers.packed import linear_gelu
 from nar_speech.layers.precision import no_autocast
+from nar_speech.layers.prepare import prepare_products
 
 # (number of the block, query, key, value (B, T, H, d)) -> context (B, T, H, d)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -275,25 +276,9 @@ class MultiStreamNetwork(nn.Module):
             dtype: ``float32``; ``bfloat16``, ``float16`` (not on a CPU): products rounded to them; ``int8``
                 (CPU): :mod:`nar_speech.layers.quantize`.
         """
-        self.eval().requires_grad_(False)
-        cpu = self.device.type == "cpu"
-        if dtype == "int8":
-            from nar_speech.layers.packed import keep_float
-            from nar_speech.layers.quantize import quantize_dynamic_int8
-
-            for layer in (self.condition_proj, *self.linears):
-                keep_float(layer)
-            quantize_dynamic_int8(self)
-        elif dtype in ("bfloat16", "float16") and not (cpu and dtype == "float16"):
-            kind = getattr(torch, dtype)
-            for block in self.blocks:
-                block.compute = kind
-                for part in (block.self_attn, block.cross_attention, block.linear1, block.linear2):
-                    part.to(kind)
-        elif dtype != "float32":
-            known = "float32, bfloat16, int8" if cpu else "float32, bfloat16, float16"
-            raise InputError(f"dtype: got '{dtype}'; valid values here: {known}")
-        return pack_linear_layers(self) if cpu else self
+        blocks = [(b, (b.self_attn, b.cross_attention, b.linear1, b.linear2)) for b in self.blocks]
+        prepare_products(self, dtype, (self.condition_proj, *self.linears), blocks)
+        return self
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Tokens (B, K, T), the first at frame ``start``, to (B, T, D) with position codes.

@@ -22,7 +22,8 @@ from nar_speech.checkpoint import SkipInit, load_strict, read_weights
 from nar_speech.config import MAX_VOCABULARY, MAX_WIDTH, check_range
 from nar_speech.errors import CheckpointError, InputError
 from nar_speech.layers.diffllama import INIT_STD, DiffLlama, DiffLlamaConfig
-from nar_speech.layers.packed import keep_float, merge_projections, pack_linear_layers
+from nar_speech.layers.packed import merge_projections
+from nar_speech.layers.prepare import prepare_products
 from nar_speech.losses.masked import masked_cross_entropy
 from nar_speech.losses.maskgct import MaskedCodes
 
@@ -72,25 +73,11 @@ class MaskedNetwork(nn.Module):
             dtype: ``float32``; ``bfloat16``, ``float16`` (not on a CPU): products rounded to them; ``int8``
                 (CPU): :mod:`nar_speech.layers.quantize`.
         """
-        self.eval().requires_grad_(False)
-        cpu = self.device.type == "cpu"
-        if dtype == "int8":
-            from nar_speech.layers.quantize import quantize_dynamic_int8
-
-            for name, part in self.named_modules():
-                if isinstance(part, nn.Linear) and not name.startswith("diff_estimator"):
-                    keep_float(part)
-            quantize_dynamic_int8(self)
-        elif dtype in ("bfloat16", "float16") and not (cpu and dtype == "float16"):
-            kind = getattr(torch, dtype)
-            for block in self.diff_estimator.layers:
-                block.compute = kind
-                block.self_attn.to(kind)
-                block.mlp.to(kind)
-        elif dtype != "float32":
-            known = "float32, bfloat16, int8" if cpu else "float32, bfloat16, float16"
-            raise InputError(f"dtype: got '{dtype}'; valid values here: {known}")
-        return pack_linear_layers(self) if cpu else merge_projections(self)
+        parts = self.named_modules()
+        exact = [m for name, m in parts if isinstance(m, nn.Linear) and not name.startswith("diff_estimator")]
+        blocks = [(block, (block.self_attn, block.mlp)) for block in self.diff_estimator.layers]
+        prepare_products(self, dtype, exact, blocks)
+        return self if self.device.type == "cpu" else merge_projections(self)
 
     def reset_embeddings(self) -> None:
         """Normal embeddings of deviation 0.02, the row of padding zero."""

@@ -31,6 +31,7 @@ from tests.golden_kinds import (
     maskgct,
     maskgct_codec,
     maskgct_g2p,
+    maskgct_pipeline,
     paraformer,
 )
 
@@ -114,6 +115,7 @@ HANDLERS: dict[tuple[str, str], Handler] = {
     **{("maskgct", kind): handler for kind, handler in maskgct.HANDLERS.items()},
     **{("maskgct", kind): handler for kind, handler in maskgct_codec.HANDLERS.items()},
     **{("maskgct", kind): handler for kind, handler in maskgct_g2p.HANDLERS.items()},
+    **{("maskgct", kind): handler for kind, handler in maskgct_pipeline.HANDLERS.items()},
 }
 
 

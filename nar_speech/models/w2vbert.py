@@ -71,8 +71,8 @@ class W2vBert(SpeechFeatures):
         mean, variance = statistics or (torch.zeros(self.width), torch.ones(self.width))
         if mean.shape != (self.width,) or variance.shape != (self.width,) or not bool((variance > 0).all()):
             raise ConfigError(
-                f"{self.name}: statistics of {tuple(mean.shape)} and {tuple(variance.shape)} values for states"
-                f" of {self.width}; both need that many, and variances above 0"
+                f"{self.name}: statistics of {tuple(mean.shape)} and {tuple(variance.shape)} values for"
+                f" states of {self.width}; both need that many, and variances above 0"
             )
         self.register_buffer("mean", mean.float())
         self.register_buffer("variance", variance.float())

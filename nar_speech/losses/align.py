@@ -22,7 +22,9 @@ NEVER = -1e4  # score of what is impossible: its exponential is 0, and gradients
 SHARPNESS = 5e-4  # of the squared distance in the authors' code
 
 
-def beta_binomial_prior(frame_lengths: Tensor, text_lengths: Tensor, scale: float = 1.0) -> Tensor:
+def beta_binomial_prior(
+    frame_lengths: Tensor, text_lengths: Tensor, scale: float = 1.0, size: tuple[int, int] | None = None
+) -> Tensor:
     """Log probabilities (B, T, N) float32 that favour the diagonal; 0 on padding.
 
     At frame t = 1 .. T the symbol is beta-binomial over 0 .. N - 1 with a = ``scale`` t and
@@ -31,11 +33,13 @@ def beta_binomial_prior(frame_lengths: Tensor, text_lengths: Tensor, scale: floa
 
     Args:
         frame_lengths, text_lengths: (B,) int64, at least 1.
+        size: T and N; None: the longest.
     """
     device = frame_lengths.device
     frames, symbols = frame_lengths.double()[:, None, None], text_lengths.to(device).double()[:, None, None]
-    t = torch.arange(1, int(frame_lengths.max()) + 1, device=device, dtype=torch.float64)[None, :, None]
-    k = torch.arange(int(text_lengths.max()), device=device, dtype=torch.float64)[None, None]
+    most, longest = size or (int(frame_lengths.max()), int(text_lengths.max()))
+    t = torch.arange(1, most + 1, device=device, dtype=torch.float64)[None, :, None]
+    k = torch.arange(longest, device=device, dtype=torch.float64)[None, None]
     there = (t <= frames) & (k < symbols)
     a, b = scale * t, scale * (frames - t + 1).clamp_min(1)
     left = (symbols - 1 - k).clamp_min(0)

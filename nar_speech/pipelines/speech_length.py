@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
+
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.pipelines.speech_options import SynthesisConfig
 from nar_speech.text.g2p.marks import MARKS
@@ -18,7 +20,13 @@ MAX_PIECE_SECONDS = 60.0  # of what is made at once
 class LengthPredictor(Protocol):
     """A model's predictor of durations."""
 
-    def __call__(self, prompt: Sequence[int], prompt_seconds: float, phones: Sequence[int]) -> float:
+    def __call__(
+        self,
+        prompt: Sequence[int],
+        prompt_seconds: float,
+        phones: Sequence[int],
+        generator: torch.Generator,
+    ) -> float:
         """Seconds of ``phones`` in the manner of a prompt of these phones and this length."""
 
 
@@ -33,12 +41,14 @@ def seconds_for(
     prompt_seconds: float,
     phones: Sequence[int],
     config: SynthesisConfig,
+    generator: torch.Generator,
     predictor: LengthPredictor | None = None,
 ) -> float:
     """Seconds of ``phones`` by the rule that ``config`` names, at its speed.
 
     Args:
         prompt, prompt_seconds: phones and length of the prompt.
+        generator: for what the predictor draws.
 
     Raises:
         InputError: a prompt without phones, whose speed is not known. ConfigError: no predictor.
@@ -46,7 +56,7 @@ def seconds_for(
     if config.length == "predictor":
         if predictor is None:
             raise ConfigError("length: this model has no predictor of durations; use 'prompt' or 'rate'")
-        seconds = predictor(prompt, prompt_seconds, phones)
+        seconds = predictor(prompt, prompt_seconds, phones, generator)
     elif config.length == "rate":
         seconds = len(phones) / config.phones_per_second
     elif not prompt:

@@ -29,9 +29,9 @@ class SynthesisConfig:
         filter_threshold: 1 minus the part of the codes that may be drawn.
         guided_layers: guide only so many first layers of acoustic codes, for speed; 0: all.
         reuse: keep keys and values of phones and prompt for so many steps, an approximation; 0: off.
-        length: what tells how long speech becomes where no duration is given: ``prompt``: its speed, in phones
-            per second (the official rule); ``rate``: ``phones_per_second``, whatever the prompt's speed;
-            ``predictor``: the model's own predictor of durations, where it has one.
+        length: how long speech becomes where no duration is given: ``prompt``: by its speed, in phones per
+            second (the official rule); ``rate``: by ``phones_per_second``, whatever the prompt's speed;
+            ``predictor``: by the model's own predictor of durations, where it has one.
         phones_per_second: of the rule ``rate``; 13 is common for read English, marks and gaps counted.
         speed: the length by the rule is divided by this.
         piece_seconds: longer texts are cut into pieces of about so much, which are made in one batch.

@@ -71,7 +71,8 @@ def read_prompt(source: AudioSource, rates: tuple[int, int]) -> tuple[np.ndarray
     seconds = len(first) / rates[0]
     if seconds < MIN_SECONDS:
         raise InputError(
-            f"{name}: the prompt lasts {seconds:.2f} s; give {MIN_SECONDS:g} s of speech or more, best 3 to 10"
+            f"{name}: the prompt lasts {seconds:.2f} s; give at least {MIN_SECONDS:g} s of speech, best 3 to"
+            " 10 s"
         )
     if seconds > MAX_SECONDS:
         raise InputError(f"{name}: the prompt is longer than {MAX_SECONDS:g} s; cut it, 3 to 10 s are best")

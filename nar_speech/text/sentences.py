@@ -1,4 +1,4 @@
-"""Text cut where a reader would pause: into sentences, these into clauses, words or letters where too long."""
+"""Text cut where a reader would pause: into sentences, and where too long into clauses, words or letters."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from nar_speech.text.g2p.scripts import script_of
 
 # Behind a full stop of these no sentence ends.
 TITLES = frozenset(
-    "mr mrs ms dr prof st sr jr vs etc e.g i.e no fig vol rev gen col capt lt sgt gov sen inc ltd co jan feb mar"
-    " apr jun jul aug sep sept oct nov dec approx dept est".split()
+    ("mr", "mrs", "ms", "dr", "prof", "st", "sr", "jr", "vs", "etc", "e.g", "i.e", "no", "fig", "vol", "rev")
+    + ("gen", "col", "capt", "lt", "sgt", "gov", "sen", "inc", "ltd", "co", "dept", "est", "approx", "jan")
+    + ("feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec")
 )
 _ENDS = re.compile(r"[.!?…]+[\"'”’)\]]*\s+|[。！？…]+[」』”’）]*\s*|\n+")
 _CLAUSES = re.compile(r"[,;:—–]+\s+|[，、；：]\s*")

@@ -72,7 +72,7 @@ def padded(waves: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def pipeline(case: Case) -> Iterator[Check]:
-    """All networks one after the other, and the decoder, with the recorded draws; then the same as a batch."""
+    """All networks one after the other, and the decoder, with the recorded draws; the same as a batch."""
     io, call = case.io, case.meta["call"]
     networks, codec = parts(case)
     config = SynthesisConfig(

@@ -16,8 +16,8 @@ jobs=2
 hours_music=3
 hours_effects=2
 sound_font=/usr/share/sounds/sf2/FluidR3_GM.sf2
-codec_minutes=110
-model_minutes=150
+codec_minutes=45
+model_minutes=55
 processes=2
 embed=false
 seed=1
@@ -127,7 +127,7 @@ codec() {
   local cuts="$work/cuts/codec"
   recipe codec configs/codec/mini.yaml train.output_dir="$work/exp/codec" train.max_minutes="$codec_minutes" \
     data.train="[${cuts}_train_speech.jsonl.gz,${cuts}_train_real.jsonl.gz,${cuts}_train_effects.jsonl.gz,${cuts}_train_music.jsonl.gz]" \
-    data.weights="[4,1.5,1.3,2]" data.dev="[${cuts}_dev.jsonl.gz]" data.batch_size=$((8 / processes)) \
+    data.weights="[4,1.5,1.3,2]" data.dev="[${cuts}_dev.jsonl.gz]" data.batch_size=$((16 / processes)) \
     train.find_unused_parameters=$([ "$processes" = 1 ] && echo false || echo true)
   py export_codec --model "$work/exp/codec/model" --out "$work/codec"
 }
@@ -140,7 +140,8 @@ codes() {
 }
 magnet() {
   recipe magnet configs/magnet/mini.yaml train.output_dir="$work/exp/magnet" train.max_minutes="$model_minutes" \
-    data.train="[$work/codes/train]" data.dev="[$work/codes/dev]" codec="$work/codec" "${extra[@]}"
+    data.train="[$work/codes/train]" data.dev="[$work/codes/dev]" codec="$work/codec" \
+    data.batch_size=$((32 / processes)) "${extra[@]}"
 }
 codec_scores() { py score_codec --work "$work" --codec "$work/codec" --out "$work/scores/codec.json"; }
 sounds() {

@@ -29,6 +29,7 @@ BASE = {
     "locate",
     "model_folder",
     "sound_folder",
+    "speech_folder",
 }
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),

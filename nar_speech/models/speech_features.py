@@ -7,7 +7,7 @@ import abc
 import torch
 from torch import Tensor, nn
 
-from nar_speech.errors import AudioError
+from nar_speech.errors import AudioError, ConfigError
 
 
 class SpeechFeatures(nn.Module, abc.ABC):
@@ -41,6 +41,26 @@ class SpeechFeatures(nn.Module, abc.ABC):
         Raises:
             AudioError: another shape, a row that is too short, values that are not finite.
         """
+
+    def set_statistics(self, statistics: tuple[Tensor, Tensor] | None) -> None:
+        """Mean (H,) and variance (H,) by which hidden states are normalised; None: 0 and 1.
+
+        Raises:
+            ConfigError: of another size, or a variance that is not above 0.
+        """
+        mean, variance = statistics or (torch.zeros(self.width), torch.ones(self.width))
+        if mean.shape != (self.width,) or variance.shape != (self.width,) or not bool((variance > 0).all()):
+            raise ConfigError(
+                f"{self.name}: statistics of {tuple(mean.shape)} and {tuple(variance.shape)} values for"
+                f" states of {self.width}; both need that many, and variances above 0"
+            )
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("variance", variance.float())
+
+    def normalised(self, hidden: Tensor, counts: Tensor) -> Tensor:
+        """Hidden states (B, T, H) by the statistics, zeros behind ``counts`` (B,) of each row."""
+        there = torch.arange(hidden.shape[1], device=hidden.device) < counts[:, None]
+        return ((hidden - self.mean) / self.variance.sqrt()).masked_fill(~there[..., None], 0.0)
 
     def check(self, waves: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """Waves and lengths (B,), checked, on the device of the network."""

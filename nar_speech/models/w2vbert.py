@@ -68,22 +68,13 @@ class W2vBert(SpeechFeatures):
             ) from error
         self.layer, self.width = layer, c.hidden_size
         self.frontend = Frontend(FrontendConfig(num_mels=c.feature_projection_input_dim // STACK))
-        mean, variance = statistics or (torch.zeros(self.width), torch.ones(self.width))
-        if mean.shape != (self.width,) or variance.shape != (self.width,) or not bool((variance > 0).all()):
-            raise ConfigError(
-                f"{self.name}: statistics of {tuple(mean.shape)} and {tuple(variance.shape)} values for"
-                f" states of {self.width}; both need that many, and variances above 0"
-            )
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("variance", variance.float())
+        self.set_statistics(statistics)
 
     @torch.no_grad()
     def forward(self, waves: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :class:`SpeechFeatures`. An odd last filter-bank frame makes a feature, too, of no input."""
         inputs, mask, counts = self.inputs(*self.check(waves, lengths))
-        features = (self.hidden(inputs, mask) - self.mean) / self.variance.sqrt()
-        there = torch.arange(features.shape[1], device=features.device) < counts[:, None]
-        return features.masked_fill(~there[..., None], 0.0), counts
+        return self.normalised(self.hidden(inputs, mask), counts), counts
 
     def inputs(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the network reads, as transformers' ``SeamlessM4TFeatureExtractor`` makes it.
@@ -112,13 +103,16 @@ class W2vBert(SpeechFeatures):
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, statistics: str | Path | None = None, layer: int = LAYER
+        cls,
+        folder: str | Path,
+        statistics: str | Path | tuple[Tensor, Tensor] | None = None,
+        layer: int = LAYER,
     ) -> W2vBert:
         """A folder of transformers, as that of ``facebook/w2v-bert-2.0``.
 
         Args:
-            statistics: a file with ``mean`` and ``var``; None: the published ones, which come with the
-                package.
+            statistics: mean and variance, or a file with ``mean`` and ``var``; None: the published ones,
+                which come with the package.
 
         Raises:
             CheckpointError: a file is missing or damaged, or holds something else. ConfigError: a
@@ -128,8 +122,10 @@ class W2vBert(SpeechFeatures):
         config = read_config(folder)
         weights = folder / "model.safetensors"
         tensors = read_weights(weights)
+        if not isinstance(statistics, tuple):
+            statistics = read_statistics(statistics or STATISTICS)
         with SkipInit():
-            network = cls(config, layer, read_statistics(statistics or STATISTICS))
+            network = cls(config, layer, statistics)
         load_strict(network.model, tensors, unread(config, layer), weights)
         return network.eval()
 

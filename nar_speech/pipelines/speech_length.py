@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -10,6 +9,7 @@ import torch
 
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.pipelines.speech_options import SynthesisConfig
+from nar_speech.pipelines.voice import Voice
 from nar_speech.text.g2p.marks import MARKS
 from nar_speech.text.g2p.vocabulary import WORD_GAP, PhoneVocabulary
 
@@ -37,17 +37,15 @@ def count_sounds(phones: Sequence[int], vocabulary: PhoneVocabulary) -> int:
 
 
 def seconds_for(
-    prompt: Sequence[int],
-    prompt_seconds: float,
+    voice: Voice,
     phones: Sequence[int],
     config: SynthesisConfig,
     generator: torch.Generator,
     predictor: LengthPredictor | None = None,
 ) -> float:
-    """Seconds of ``phones`` by the rule that ``config`` names, at its speed.
+    """Seconds of ``phones`` in a voice by the rule that ``config`` names, at its speed.
 
     Args:
-        prompt, prompt_seconds: phones and length of the prompt.
         generator: for what the predictor draws.
 
     Raises:
@@ -56,19 +54,19 @@ def seconds_for(
     if config.length == "predictor":
         if predictor is None:
             raise ConfigError("length: this model has no predictor of durations; use 'prompt' or 'rate'")
-        seconds = predictor(prompt, prompt_seconds, phones, generator)
+        seconds = predictor(voice.phones, voice.seconds, phones, generator)
     elif config.length == "rate":
         seconds = len(phones) / config.phones_per_second
-    elif not prompt:
+    elif not voice.phones:
         raise InputError("prompt text: has no phones, so its speed is not known; give a duration")
-    else:
-        seconds = prompt_seconds * len(phones) / len(prompt)
+    else:  # in the official order, so that its roundings are the same
+        seconds = voice.samples * len(phones) / len(voice.phones) / voice.sample_rate
     return seconds / config.speed
 
 
 def frames_for(seconds: float, frame_rate: float) -> int:
-    """Whole frames in ``seconds``, rounded down as officially; a rounding error is no frame less."""
-    return math.floor(seconds * frame_rate + 1e-6)
+    """Whole frames in ``seconds``, rounded down as officially."""
+    return int(seconds * frame_rate)
 
 
 def check_frames(frames: int, frame_rate: float, sounds: int, given: bool) -> None:

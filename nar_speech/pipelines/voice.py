@@ -28,7 +28,7 @@ class Voice:
         semantic: (P,) int64 codes.
         acoustic: (P', K) int64 codes; P' may differ from P by a frame or so.
         phones: ids of what it says.
-        seconds: of its sound.
+        samples: of its sound, at ``sample_rate`` Hz, that of the features.
         text: what it says.
         source: where it is from, for messages.
     """
@@ -36,9 +36,15 @@ class Voice:
     semantic: Tensor
     acoustic: Tensor
     phones: tuple[int, ...]
-    seconds: float
+    samples: int
+    sample_rate: int
     text: str
     source: str
+
+    @property
+    def seconds(self) -> float:
+        """Of its sound."""
+        return self.samples / self.sample_rate
 
 
 def hold(source: AudioSource, sample_rate: int) -> Any:

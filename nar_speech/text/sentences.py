@@ -8,10 +8,10 @@ from collections.abc import Callable
 from nar_speech.text.g2p.scripts import script_of
 
 # Behind a full stop of these no sentence ends.
-TITLES = frozenset(
-    ("mr", "mrs", "ms", "dr", "prof", "st", "sr", "jr", "vs", "etc", "e.g", "i.e", "no", "fig", "vol", "rev")
-    + ("gen", "col", "capt", "lt", "sgt", "gov", "sen", "inc", "ltd", "co", "dept", "est", "approx", "jan")
-    + ("feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec")
+_TITLE = re.compile(
+    "mr|mrs|ms|dr|prof|st|sr|jr|vs|etc|e.g|i.e|no|fig|vol|rev|gen|col|capt|lt|sgt|gov|sen|inc|ltd|co|dept|est"
+    "|approx|jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec",
+    re.IGNORECASE,
 )
 _ENDS = re.compile(r"[.!?…]+[\"'”’)\]]*\s+|[。！？…]+[」』”’）]*\s*|\n+")
 _CLAUSES = re.compile(r"[,;:—–]+\s+|[，、；：]\s*")
@@ -87,7 +87,7 @@ def _ends_here(before: str, after: str) -> bool:
     if not before.endswith("."):
         return True
     word = before.rsplit(None, 1)[-1].rstrip(".").lstrip("(\"'“‘")
-    return word.lower() not in TITLES and not (len(word) == 1 and word.isalpha() and word not in "IA")
+    return not _TITLE.fullmatch(word) and not (len(word) == 1 and word.isalpha() and word not in "IA")
 
 
 def _evenly(text: str, most: float) -> list[str]:

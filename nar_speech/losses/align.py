@@ -67,8 +67,9 @@ def soft_alignment(
         prior: (B, T, N) of :func:`beta_binomial_prior`; None: none.
         sharpness: factor of the squared distance.
     """
-    text, frames = text.float(), frames.float()
-    distance = frames.square().sum(2)[:, :, None] + text.square().sum(2)[:, None] - 2 * frames @ text.mT
+    with torch.autocast(text.device.type, enabled=False):
+        text, frames = text.float(), frames.float()
+        distance = frames.square().sum(2)[:, :, None] + text.square().sum(2)[:, None] - 2 * frames @ text.mT
     behind = torch.arange(text.shape[1], device=text.device) >= text_lengths.to(text.device)[:, None]
     scores = (-sharpness * distance).masked_fill(behind[:, None], NEVER)
     if prior is not None:

@@ -1,4 +1,4 @@
-"""Non-autoregressive speech recognition: audio in, text out, in one parallel pass.
+"""Non-autoregressive speech: recognition, text to speech, sounds, neural codecs, in parallel passes.
 
     import nar_speech
 
@@ -18,13 +18,15 @@ from nar_speech.version import __version__
 if TYPE_CHECKING:
     from nar_speech.hub import load_model
     from nar_speech.pipelines.generate import SoundGenerator
+    from nar_speech.pipelines.synthesize import Synthesizer
     from nar_speech.pipelines.transcribe import Transcriber
 
-__all__ = ["SoundGenerator", "Transcriber", "__version__", "load_model"]
+__all__ = ["SoundGenerator", "Synthesizer", "Transcriber", "__version__", "load_model"]
 
 _LAZY = {
     "load_model": "nar_speech.hub",
     "SoundGenerator": "nar_speech.pipelines.generate",
+    "Synthesizer": "nar_speech.pipelines.synthesize",
     "Transcriber": "nar_speech.pipelines.transcribe",
 }
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nar_speech.features import Frontend
     from nar_speech.model_folder import DecodingConfig, StreamConfig, VerifierConfig
     from nar_speech.pipelines.generate import SoundGenerator
+    from nar_speech.pipelines.synthesize import Synthesizer
     from nar_speech.pipelines.transcribe import Transcriber
     from nar_speech.text.tokenizer import Tokenizer
 
@@ -110,6 +111,8 @@ def load_parts(folder: str | Path) -> LoadedModel:
     folder = Path(folder)
     if makes_sound(folder):
         raise HubError(f"{folder}: makes sound and recognises no speech; use it with nar-speech generate")
+    if speaks(folder):
+        raise HubError(f"{folder}: speaks and recognises no speech; use it with nar-speech synthesize")
     layout = detect(folder)
     if layout == "nar_speech":
         return _load_own(folder)
@@ -124,15 +127,19 @@ def load_model(
     cache_dir: str | Path | None = None,
     offline: bool | None = None,
     **options: Any,
-) -> Transcriber | SoundGenerator:
-    """Load a model by name, folder or hub id: a Transcriber, or a SoundGenerator where it makes sound.
+) -> Transcriber | SoundGenerator | Synthesizer:
+    """Load a model by name, folder or hub id: a Transcriber, or what else its folder is made for.
+
+    A model that makes sound gives a SoundGenerator, one that speaks, ``amphion/MaskGCT`` for example, a
+    Synthesizer.
 
     Args:
         name, cache_dir, offline: see :func:`resolve`.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
         dtype: ``float32``, ``bfloat16`` or (CPU only) ``int8``.
-        options: fields of :class:`nar_speech.model_folder.DecodingConfig`, or of
-            :class:`nar_speech.pipelines.sound_options.GenerationConfig`, in place of the model's own.
+        options: fields of :class:`nar_speech.model_folder.DecodingConfig`, of
+            :class:`nar_speech.pipelines.sound_options.GenerationConfig` or of
+            :class:`nar_speech.pipelines.speech_options.SynthesisConfig`, in place of the model's own.
 
     Raises:
         InputError: the model can't be found or loaded, or an option is wrong.
@@ -146,7 +153,19 @@ def load_model(
         return SoundGenerator.from_folder(
             folder, device, dtype, cache_dir=cache_dir, offline=offline, **options
         )
+    if speaks(folder):
+        from nar_speech.pipelines.synthesize import Synthesizer
+
+        return Synthesizer.from_folder(folder, device, dtype, cache_dir, offline, **options)
     return Transcriber.from_parts(load_parts(folder), device, dtype, **options)
+
+
+def speaks(folder: str | Path) -> bool:
+    """Whether a folder holds a model of text to speech: ours, or the official layout of MaskGCT."""
+    from nar_speech.pipelines.speech_model import is_official_folder
+    from nar_speech.speech_folder import is_speech_folder
+
+    return Path(folder).is_dir() and (is_speech_folder(folder) or is_official_folder(folder))
 
 
 def makes_sound(folder: str | Path) -> bool:

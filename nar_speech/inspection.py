@@ -1,4 +1,4 @@
-"""What a model folder is, and whether it is whole: recognisers, sound generators, codecs."""
+"""What a model folder is, and whether it is whole: recognisers, sound generators, synthesizers, codecs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nar_speech import hub
 from nar_speech.errors import CheckpointError, NarSpeechError
 from nar_speech.model_folder import CONFIG_FILE, check_sums
 
-Kind = Literal["recogniser", "sound generator", "codec"]
+Kind = Literal["recogniser", "sound generator", "synthesizer", "codec"]
 CODEC_TYPES = ("encodec", "dac", "mimi")  # model_type in transformers' config.json
 
 
@@ -35,17 +35,19 @@ def find(
 
     Args:
         name, cache_dir, offline: see :func:`nar_speech.hub.resolve`; short names of codecs and of models that
-            make sound are known too.
+            make sound or speak are known too.
     """
     from nar_speech.codec import load
-    from nar_speech.pipelines import sound_model
+    from nar_speech.pipelines import sound_model, speech_model
 
-    names = {**load.ALIASES, **sound_model.ALIASES}
+    names = {**load.ALIASES, **sound_model.ALIASES, **speech_model.ALIASES}
     if isinstance(name, str) and not Path(name).is_dir():
         name = names.get(name, name)
     folder = hub.resolve(name, cache_dir, offline)
     if hub.makes_sound(folder):
         return folder, "sound generator"
+    if hub.speaks(folder):
+        return folder, "synthesizer"
     return folder, "codec" if _is_codec(folder) else "recogniser"
 
 
@@ -56,6 +58,8 @@ def model_info(name: str | Path, cache_dir: str | Path | None = None, offline: b
         return {"folder": str(folder), **_codec_info(folder, cache_dir, offline)}
     if kind == "sound generator":
         return {"folder": str(folder), **_sound_info(folder, cache_dir, offline)}
+    if kind == "synthesizer":
+        return {"folder": str(folder), **_speech_info(folder, cache_dir, offline)}
     model = hub.load_parts(folder)
     return {
         "folder": str(folder),
@@ -165,6 +169,27 @@ def _sound_info(folder: Path, cache_dir: str | Path | None, offline: bool | None
     }
 
 
+def _speech_info(folder: Path, cache_dir: str | Path | None, offline: bool | None) -> dict[str, Any]:
+    from nar_speech.pipelines.codec import describe_codec
+    from nar_speech.pipelines.speech_model import load_speech_parts
+
+    parts = load_speech_parts(folder, cache_dir, offline)
+    modules = {**parts.modules(), "features": parts.features}
+    return {
+        "card": configs.to_dict(parts.card),
+        "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in modules.items()},
+        "networks": {name: configs.to_dict(part.config) for name, part in parts.modules().items()},
+        "features": {
+            "name": parts.features.name,
+            "width": parts.features.width,
+            "frame_rate": parts.features.frame_rate,
+        },
+        "codec": describe_codec(parts.codec),
+        "phonemizer": configs.to_dict(parts.phonemizer),
+        "synthesis": parts.synthesis,
+    }
+
+
 def _load_recogniser(folder: Path, *_: Any) -> tuple[torch.nn.Module, Callable[[], str]]:
     model = hub.load_parts(folder)
 
@@ -217,4 +242,31 @@ def _load_sound(
     return parts.network, run
 
 
-LOADERS = {"recogniser": _load_recogniser, "sound generator": _load_sound, "codec": _load_codec}
+def _load_speech(
+    folder: Path, cache_dir: str | Path | None, offline: bool | None
+) -> tuple[torch.nn.Module, Callable[[], str]]:
+    from nar_speech.pipelines.speech_model import load_speech_parts
+    from nar_speech.pipelines.synthesize import Synthesizer
+
+    parts = load_speech_parts(folder, cache_dir, offline)
+    networks = torch.nn.ModuleDict({**parts.modules(), "features": parts.features, "codec": parts.codec})
+
+    def run() -> str:
+        speaker = Synthesizer.from_parts(parts, "cpu")
+        noise = np.random.default_rng(0).normal(0.0, 0.1, speaker.sample_rate).astype(np.float32)
+        voice = speaker.voice((noise, speaker.sample_rate), "h|ə|l|oʊ", "phones")
+        options = {"language": "phones", "steps": 1, "acoustic_steps": 1, "watermark": False}
+        result = speaker("h|ə|l|oʊ", voice, duration=0.5, **options)
+        if not np.isfinite(result.audio.samples).all():
+            raise CheckpointError(f"{folder}: makes values that are not finite; get the model again")
+        return f"1 s of noise, 4 phones -> {result.audio.duration:.2f} s of sound"
+
+    return networks, run
+
+
+LOADERS = {
+    "recogniser": _load_recogniser,
+    "sound generator": _load_sound,
+    "synthesizer": _load_speech,
+    "codec": _load_codec,
+}

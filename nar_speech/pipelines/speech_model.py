@@ -186,8 +186,9 @@ def _official(folder: Path, cache_dir: str | Path | None, offline: bool | None) 
 def _network(path: Path, kind: type[N], read: Any) -> N:
     """A Transformer of an official file, whose tensors tell all sizes but that of a head."""
     tensors = without_empty(read_weights(path), path)
+    config = read(Shapes(tensors, str(path), "a network of MaskGCT"))
     with configs.blame(str(path)), SkipInit():
-        network = kind(read(Shapes(tensors, str(path), "a network of MaskGCT")))
+        network = kind(config)
     load_strict(network, tensors, where=path)
     return network.eval().requires_grad_(False)
 
@@ -199,20 +200,18 @@ def official_t2s(shapes: Shapes) -> T2SConfig:
         CheckpointError: a tensor that tells them is missing. ConfigError: an impossible size.
     """
     size, width = shapes.of("cond_emb.weight", 2)
-    return T2SConfig(
-        **_core(shapes, width), codebook_size=size, num_phones=shapes.of("phone_emb.weight", 2)[0]
-    )
+    core, phones = _core(shapes, width), shapes.of("phone_emb.weight", 2)[0]
+    with configs.blame(shapes.where):
+        return T2SConfig(**core, codebook_size=size, num_phones=phones)
 
 
 def official_s2a(shapes: Shapes) -> S2AConfig:
     """Sizes of an official semantic-to-acoustic network; errors as of :func:`official_t2s`."""
     size, width = shapes.of("cond_emb.weight", 2)
-    return S2AConfig(
-        **_core(shapes, width),
-        num_codebooks=shapes.count(r"token_emb\.\d+\.weight"),
-        codebook_size=shapes.of("token_emb.0.weight", 2)[0],
-        semantic_size=size,
-    )
+    core, codes = _core(shapes, width), shapes.of("token_emb.0.weight", 2)[0]
+    layers = shapes.count(r"token_emb\.\d+\.weight")
+    with configs.blame(shapes.where):
+        return S2AConfig(**core, num_codebooks=layers, codebook_size=codes, semantic_size=size)
 
 
 def _core(shapes: Shapes, width: int) -> dict[str, int]:
@@ -240,8 +239,7 @@ def _own(folder: Path, cache_dir: str | Path | None, offline: bool | None) -> Sp
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE}: {len(strange)} tensors of no part, {strange[0]} for example"
         )
-    with configs.blame(f"{where}: features"):
-        features = _features(file.features, tensors, folder, cache_dir, offline)
+    features = _features(file.features, tensors, folder, cache_dir, offline)
     source = inside(folder, file.codec)
     official = None if (Path(source) / CONFIG_FILE).is_file() else acoustic.official_folder(Path(source))
     if official is not None:

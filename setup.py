@@ -40,12 +40,14 @@ SERVE = [
     "websockets>=15",
 ]
 
-# Text to phones: 67 MB installed. (espeak-ng is GPL-3; it is loaded only when a text is read.)
+# Text to phones, 67 MB installed (espeak-ng is GPL-3; it is loaded only when a text is read), and the weights
+# of the watermark of generated speech, 37 MB (MIT; no code of the package is run).
 TTS = [
     "cn2an>=0.5.22",
     "espeakng-loader>=0.2.4",
     "jieba>=0.42",
     "pypinyin>=0.51",
+    "resemble-perth>=1.0.1",
 ]
 
 TEST = [

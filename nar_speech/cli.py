@@ -248,6 +248,9 @@ def _describe_models(parser: argparse.ArgumentParser) -> None:
     taken.add_argument("source", help="name, folder or hub id")
     taken.add_argument("target", help="new folder")
     checked = actions.add_parser("verify", help="check files, names, shapes and values, and run it once")
+    heard = actions.add_parser("watermark-check", help="tell whether sound is marked as made by a machine")
+    heard.add_argument("files", nargs="+", metavar="FILE", help="audio file")
+    heard.add_argument("--json", action="store_true", help="a JSON line per file, with its windows of 4 s")
     for parser_ in (shown, checked):
         parser_.add_argument("source", metavar="NAME", help="name, folder or hub id")
     for parser_ in (shown, taken, checked):
@@ -256,9 +259,13 @@ def _describe_models(parser: argparse.ArgumentParser) -> None:
 
 
 def models(options: argparse.Namespace) -> int:
-    """List, describe, convert and check models."""
+    """List, describe, convert and check models; find the watermark of generated speech."""
     from nar_speech import hub, inspection
 
+    if options.action == "watermark-check":
+        from nar_speech.cli_synthesize import check_watermarks
+
+        return check_watermarks(options)
     if options.action == "list":
         for name in hub.embedded_models():
             card = hub.read_card(name)

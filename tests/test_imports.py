@@ -59,6 +59,7 @@ TOP = {
     "cli_stream",
     "cli_generate",
     "cli_phonemize",
+    "cli_synthesize",
     "demo",
 }
 OPTIONAL = {
@@ -71,6 +72,7 @@ OPTIONAL = {
     "jieba",
     "cn2an",
     "pyopenjtalk",
+    "perth",
     "onnxruntime",
     "transformers",
     "av",

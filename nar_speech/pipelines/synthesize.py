@@ -36,6 +36,7 @@ from nar_speech.pipelines.speech_options import SynthesisConfig, change
 from nar_speech.pipelines.speech_text import DIRECT, SpeechText, Text, check_text
 from nar_speech.pipelines.transcribe import pick_device, resolve_dtype
 from nar_speech.pipelines.voice import Voice, read_prompt
+from nar_speech.pipelines.watermark import add_watermark, load_watermark
 from nar_speech.text.sentences import cut_text
 from nar_speech.types import Audio, Codes
 
@@ -280,6 +281,8 @@ class Synthesizer:
         limit = BATCH.get(self.device.type, 4) if batch is None else batch
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise ConfigError(f"batch: got {limit!r}; must be a whole number above 0")
+        if config.watermark:
+            load_watermark()  # what is missing is said before the work
         started = time.perf_counter()
         jobs = self._jobs(texts if many else [texts], prompt, prompt_text, duration, seed, config)
         spent = time.perf_counter() - started
@@ -402,7 +405,10 @@ class Synthesizer:
     def _result(self, job: _Job, config: SynthesisConfig, spent: float) -> SpeechResult:
         started = time.perf_counter()
         rate = self.sample_rate
-        sound, places = join_pieces([self.decode(u.acoustic) for u in job.units], rate, config.pause)
+        sounds = [self.decode(unit.acoustic) for unit in job.units]
+        if config.watermark:
+            sounds = [add_watermark(sound, rate) for sound in sounds]
+        sound, places = join_pieces(sounds, rate, config.pause)
         pieces = tuple(
             SpokenPiece(
                 *(unit.text, begin / rate, end / rate, unit.phones),
@@ -417,7 +423,7 @@ class Synthesizer:
         }
         text = job.text if isinstance(job.text, str) else ""
         audio = Audio(np.ascontiguousarray(sound), rate)
-        return SpeechResult(audio, text, job.seed, pieces, job.voice.text, False, seconds)
+        return SpeechResult(audio, text, job.seed, pieces, job.voice.text, config.watermark, seconds)
 
 
 def _check_duration(seconds: Any, config: SynthesisConfig) -> None:

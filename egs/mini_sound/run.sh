@@ -141,7 +141,7 @@ codes() {
 magnet() {
   recipe magnet configs/magnet/mini.yaml train.output_dir="$work/exp/magnet" train.max_minutes="$model_minutes" \
     data.train="[$work/codes/train]" data.dev="[$work/codes/dev]" codec="$work/codec" \
-    data.batch_size=$((32 / processes)) "${extra[@]}"
+    data.batch_size=$((16 / processes)) "${extra[@]}"
 }
 codec_scores() { py score_codec --work "$work" --codec "$work/codec" --out "$work/scores/codec.json"; }
 sounds() {

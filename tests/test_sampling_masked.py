@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from nar_speech.errors import ConfigError, InputError, NarSpeechError
 from nar_speech.sampling.codebooks import CodebookConfig, sample_codebooks
-from nar_speech.sampling.config import MaskedConfig, magnet_config, mask_ctc_config, maskgct_config
+from nar_speech.sampling.config import (
+    MaskedConfig,
+    magnet_config,
+    mask_ctc_config,
+    maskgct_config,
+    palle_config,
+)
 from nar_speech.sampling.draws import RecordedDraws, seeded
 from nar_speech.sampling.masked import masked_sample
 from nar_speech.sampling.trace import Trace
@@ -69,6 +75,12 @@ RULES = st.sampled_from(
         MaskedConfig(steps=9, adaptive="entropy", adaptive_level=1.5, explore=0.5, confidence_noise=0.3),
         MaskedConfig(steps=8, explore=0.5),
         MaskedConfig(steps=5, schedule="even", guidance=2.0, guidance_rescale=0.7),
+        MaskedConfig(steps=6, schedule="linear", order="left", confidence_noise=0.5),
+        palle_config(5, 3, refine_share=0.3),
+        maskgct_config(6, V, 0.6, refine_rounds=2, refine_share=0.25),
+        MaskedConfig(steps=4, span=3, guidance=2.0, order="left", refine_rounds=2, refine_share=0.4),
+        MaskedConfig(steps=9, adaptive="threshold", adaptive_level=0.6, refine_rounds=4, refine_share=0.3),
+        MaskedConfig(dilation=4, refine_rounds=3, refine_share=0.5),
     ]
 )
 

@@ -179,12 +179,18 @@ class MaskGCTPredictor:
             before, lengths, wanted = zip(*sizes, strict=True)
             width = core.config.width // core.config.heads
             self._layouts[sizes] = PackedLayout.of(lengths, wanted, width, x.device, before)
+        return core.packed(x, self._layouts[sizes], self._gains_at(step, order), kept)
+
+    def _gains_at(self, step: Any, order: list[int]) -> Tensor:
+        """Gains (2L + 1, 1, D) of the rows ``order``, or (2L + 1, R, D) where their steps differ."""
         at = step.step.tolist()
-        gains = self._table(step.steps)
         places = [at[row] for row in order]
         alike = len(set(places)) == 1
-        gains = gains[:, places[0]][:, None] if alike else gains[:, places]
-        return core.packed(x, self._layouts[sizes], gains, kept)
+        if max(places) >= step.steps:  # rounds that refine have a time of their own
+            time = step.time[order[:1] if alike else order]
+            return self.network.diff_estimator.gains(time.to(self.network.device))
+        gains = self._table(step.steps)
+        return gains[:, places[0]][:, None] if alike else gains[:, places]
 
     def _table(self, steps: int) -> Tensor:
         """Gains (2L + 1, steps, D) of a stage of so many steps."""

@@ -68,6 +68,13 @@ class MaskedConfig:
             below it (Fast-dLLM, arXiv 2505.22618), ``entropy`` the most whose entropies sum, without the
             largest, to at most so many nats (EB-Sampler, arXiv 2505.24857). Never less than the schedule.
         adaptive_level: threshold, factor, or bound.
+        order: which units stay masked: those of low ``confidence``, or all but the ``left``most ones, so that
+            an item grows from its beginning in spans (the pseudo-autoregressive stage of PALLE, arXiv
+            2504.10352); where everything that is masked is predicted, but the nearest is kept.
+        refine_rounds: calls after the last step. Each masks the least sure tokens again that have not been
+            masked again before, and takes the most probable ones instead (the second stage of PALLE). A
+            network that reads the time is given the one at which as much would be masked.
+        refine_share: part of the free units of an item that a round masks, rounded down.
         explore: share of the units unmasked in a step of the first half that are the least certain ones
             instead of the most certain: they carry the most information for the others. After the idea of
             Explore-Then-Exploit (arXiv 2511.21103).
@@ -102,14 +109,17 @@ class MaskedConfig:
     dilation: int = 0
     adaptive: Literal["none", "threshold", "factor", "entropy"] = "none"
     adaptive_level: float = 0.9
+    order: Literal["confidence", "left"] = "confidence"
+    refine_rounds: int = 0
+    refine_share: float = 0.1
     explore: float = 0.0
     drop_finished: bool = True
 
     def __post_init__(self) -> None:
         check_range(self, 1, MAX_STEPS, "steps")
-        check_range(self, 0, MAX_STEPS, "minimum", "top_k")
+        check_range(self, 0, MAX_STEPS, "minimum", "top_k", "refine_rounds")
         check_range(self, 1, 1000, "span")
-        check_range(self, 0.0, 1.0, "top_p", "guidance_rescale", "rescore_weight", "explore")
+        check_range(self, 0.0, 1.0, "top_p", "guidance_rescale", "rescore_weight", "explore", "refine_share")
         check_range(self, 0.0, 100.0, "temperature", "single_temperature", "confidence_noise")
         check_range(self, 1e-6, 100.0, "temperature_floor")
         check_range(self, -1000.0, 1000.0, "guidance")
@@ -122,23 +132,31 @@ class MaskedConfig:
         if self.dilation and (self.dilation < 2 or self.dilation & (self.dilation - 1)):
             raise ConfigError(f"dilation: got {self.dilation}; must be a power of two such as 16, or 0")
         overlapping = self.arrangement == "stride1" and self.span > 1
-        named = {"dilation": self.dilation, "adaptive": self.adaptive != "none", "explore": self.explore}
+        ordered = self.order != "confidence"
+        named = {"dilation": self.dilation, "order": ordered}
+        named |= {"adaptive": self.adaptive != "none", "explore": self.explore}
         used = [name for name, value in named.items() if value]
-        if overlapping and used:
+        if overlapping and (used or self.refine_rounds):
             raise ConfigError(
-                f"{used[0]}: needs arrangement 'nonoverlap'; 'stride1' masks fixed tokens again"
+                f"{[*used, 'refine_rounds'][0]}: needs arrangement 'nonoverlap'; 'stride1' masks fixed tokens"
+                " again"
             )
-        if self.dilation and len(used) > 1:
-            raise ConfigError(f"dilation: fixes the order, so it can't go with {used[1]}; choose one")
+        if (self.dilation or ordered) and len(used) > 1:
+            raise ConfigError(f"{used[0]}: fixes the order, so it can't go with {used[1]}; choose one")
         if self.confidence == "logit" and (self.scoring == "prod" or overlapping):
             raise ConfigError("confidence 'logit': can be negative, so it needs scoring 'max' and no overlap")
         if self.adaptive == "threshold" and self.adaptive_level > 1:
             raise ConfigError(f"adaptive_level: got {self.adaptive_level:g}; a threshold is at most 1")
 
     @property
+    def planned(self) -> int:
+        """Steps until every unit has been unmasked, at most."""
+        return self.dilation.bit_length() if self.dilation else self.steps
+
+    @property
     def calls(self) -> int:
         """The most calls of the network."""
-        return self.dilation.bit_length() if self.dilation else self.steps
+        return self.planned + self.refine_rounds
 
     @property
     def overlapping(self) -> bool:
@@ -192,3 +210,13 @@ def maskgct_config(
 def mask_ctc_config(iterations: int, **options: Any) -> MaskedConfig:
     """Mask-CTC's easy-first refinement: greedy, the same number of tokens fixed in every step."""
     return MaskedConfig(steps=iterations, schedule="even", greedy=True, **{"confidence": "logit"} | options)
+
+
+def palle_config(steps: int = 100, rounds: int = 7, **options: Any) -> MaskedConfig:
+    """The policies of PALLE (arXiv 2504.10352): spans from left to right, then rounds that refine.
+
+    Of T free positions each step keeps T / ``steps``, the most probable tokens; where T is no multiple, spans
+    differ by one.
+    """
+    values: dict[str, Any] = {"schedule": "linear", "order": "left", "greedy": True, "refine_rounds": rounds}
+    return MaskedConfig(steps=steps, **(values | options))

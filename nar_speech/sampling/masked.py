@@ -93,6 +93,8 @@ def masked_sample(
         raise InputError(f"masked sampling: lengths {lengths.tolist()}; must be 0 to {tokens.shape[1]}")
     if config.overlapping and priority is not None:
         raise ConfigError("priority: needs arrangement 'nonoverlap'; 'stride1' masks fixed tokens again")
+    if config.order != "confidence" and priority is not None:
+        raise ConfigError(f"order '{config.order}': fixes the order, so priority has no say; choose one")
     if config.dilation and (priority is not None or rescore is not None):
         raise ConfigError("dilation: fixes the order, so priority and rescore have no say; choose one")
     if isinstance(draws, Sequence) and len(draws) != len(tokens):
@@ -142,6 +144,10 @@ class _Loop:
         self.at = [self._skip(0, counts[0], counts) if config.dilation else 0 for counts in self.counts]
         self.item_calls = [0] * len(tokens)
         self.predicts_mask = False
+        # For the rounds that refine: how sure tokens were, which have been masked again, and what they were.
+        self.sure = torch.zeros(tokens.shape, device=tokens.device)
+        self.again = torch.zeros_like(self.free)
+        self.before = self.tokens.clone()
 
     def _planned(self, units: Tensor) -> tuple[Tensor | None, list[list[int]]]:
         """Groups (n,) of a dilated order, and how many units of each item are masked at every step."""
@@ -177,19 +183,21 @@ class _Loop:
             for item in self.live:
                 self.item_calls[item] += 1
             kept = self._select(rows, items, masked, needed, confidence, certainty)
+            if self.config.refine_rounds:
+                filled, kept = self._refine(rows, items, masked, filled, confidence, kept)
             # A position whose prediction is the mask itself stays masked (Mask-CTC).
             kept = kept | (masked & (filled == self.mask_id))
             self.tokens[rows] = torch.where(kept, self.mask_id, filled)
             live = torch.tensor([item in self.live for item in items], device=rows.device)
             self.masked[rows] = kept & live[:, None]
             if self.on_step is not None:
-                self.on_step(self.first_call + calls, self.first_call + self.plan.steps)
+                self.on_step(self.first_call + calls, self.first_call + self.config.calls)
         return MaskedResult(self.tokens, calls, tuple(self.item_calls))
 
     def _step_info(self, rows: Tensor, items: list[int], call: int) -> tuple[StepInfo, Tensor, Tensor]:
         """What the network is told, the masked positions (R, T), and those that tokens are drawn for."""
         device, plan = self.tokens.device, self.plan
-        at = [min(self.at[item], plan.steps - 1) for item in items]
+        at = [min(self.at[item], len(plan.time) - 1) for item in items]
         masked = self.masked[rows]
         needed = masked
         if self.config.score_fixed and self.span > 1:
@@ -213,7 +221,7 @@ class _Loop:
             lengths=self.lengths[rows],
             active=needed,
             changed=current != self.seen[rows],
-            frozen=self.given[rows] if self.config.overlapping else ~masked,
+            frozen=self._frozen(rows, masked),
             rows=rows,
             items=tuple(items),
         )
@@ -231,6 +239,7 @@ class _Loop:
         greedy = torch.full_like(info.step, config.greedy, dtype=torch.bool)
         if config.final_greedy and info.steps > 1:
             greedy |= info.step == info.steps - 1
+        greedy |= info.step >= info.steps  # rounds that refine
         random = None
         if not bool(greedy.all()):
             drawing = needed & ~greedy[:, None]  # who draws nothing leaves its generator as it is
@@ -308,6 +317,8 @@ class _Loop:
         candidates = self._units(masked)
         if config.dilation:
             scores = self.groups.float().expand(candidates.shape)
+        elif config.order == "left":
+            scores = torch.arange(candidates.shape[1], device=rows.device).float().expand(candidates.shape)
         elif self.priority is not None:
             scores = self.priority[rows].to(confidence)
         else:
@@ -335,6 +346,52 @@ class _Loop:
             remaining = units.sum(1).tolist()
         self._advance(items, later, remaining)
         return self._positions(units) & self.free[rows] & masked
+
+    def _frozen(self, rows: Tensor, masked: Tensor) -> Tensor:
+        """Positions (R, T) whose tokens stay to the end."""
+        if self.config.overlapping:
+            return self.given[rows]
+        return ~(self.free[rows] & ~self.again[rows] | masked) if self.config.refine_rounds else ~masked
+
+    def _refine(
+        self,
+        rows: Tensor,
+        items: list[int],
+        masked: Tensor,
+        filled: Tensor,
+        confidence: Tensor,
+        kept: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Let items that have nothing left to unmask mask their least sure units again.
+
+        Returns:
+            The filled-in tokens (R, T), the old ones where a round predicts the mask itself; and positions
+            (R, T) that are masked at the next step.
+        """
+        later = torch.tensor([self.at[item] > self.plan.steps for item in items], device=rows.device)
+        old = later[:, None] & masked & (filled == self.mask_id)
+        filled = torch.where(old, self.before[rows], filled)
+        fixed = masked & ~kept & (filled != self.mask_id)
+        self.sure[rows] = torch.where(fixed, confidence, self.sure[rows])
+        free = self.free[rows]
+        next_step = [max(self.at[item], self.plan.steps) for item in items]
+        due = [
+            item not in self.live and step < len(self.plan.time)
+            for item, step in zip(items, next_step, strict=True)
+        ]
+        fresh = self._units(free & (filled != self.mask_id)) & ~self._units(self.again[rows])
+        count = (self._units(free).sum(1) * self.config.refine_share + 1e-6).long()
+        count = count * torch.tensor(due, device=rows.device)
+        scores = unit_scores(self.sure[rows], free, self.span, "max")
+        chosen = keep_masked(scores, fresh, count)
+        for item, step, goes_on in zip(items, next_step, chosen.any(1).tolist(), strict=True):
+            if goes_on:
+                self.at[item] = step
+                self.live = sorted({*self.live, item})
+        places = self._positions(chosen) & free
+        self.again[rows] |= places
+        self.before[rows] = torch.where(places, filled, self.before[rows])
+        return filled, torch.where(chosen.any(1, keepdim=True), places, kept)
 
     def _noise(self, items: list[int], at: list[int], needed: Tensor) -> Tensor | None:
         """Gumbel noise (R, T) on the confidence, as strong as the step has it."""

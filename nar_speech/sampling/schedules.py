@@ -45,7 +45,8 @@ class Plan:
 
     Attributes:
         ratio: share of masked units.
-        progress, time, temperature, guidance: see :class:`nar_speech.sampling.step.StepInfo`.
+        progress, time, temperature, guidance: see :class:`nar_speech.sampling.step.StepInfo`; those of the
+            rounds that refine come behind the steps.
     """
 
     ratio: tuple[float, ...]
@@ -62,7 +63,7 @@ class Plan:
 
 def make_plan(config: MaskedConfig) -> Plan:
     """The plan of a configuration."""
-    steps = config.calls
+    steps = config.planned
     length = 1.0 / steps
     time = [1.0 - i * length for i in range(steps)]
     if config.progress == "inclusive":
@@ -85,13 +86,26 @@ def make_plan(config: MaskedConfig) -> Plan:
         heat = [config.single_temperature]
     end = config.guidance if config.guidance_end is None else config.guidance_end
     weights = shares if config.guidance_anneal == "mask_ratio" else [1 - u for u in progress.tolist()]
+    guidance = [w * config.guidance + (1 - w) * end for w in weights]
+    rounds = config.refine_rounds
+    later = _time_of(config.schedule, config.refine_share)
     return Plan(
         ratio=tuple(shares),
-        progress=tuple(progress.tolist()),
-        time=tuple(time),
-        temperature=tuple(max(t, config.temperature_floor) for t in heat),
-        guidance=tuple(w * config.guidance + (1 - w) * end for w in weights),
+        progress=(*progress.tolist(), *[1 - later] * rounds),
+        time=(*time, *[later] * rounds),
+        temperature=(*(max(t, config.temperature_floor) for t in heat), *[1.0] * rounds),
+        guidance=(*guidance, *guidance[-1:] * rounds),
     )
+
+
+def _time_of(schedule: str, share: float) -> float:
+    """The time 1 - u at which a schedule masks a share of the units, by bisection; it falls with u."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        few = float(mask_ratio(schedule, torch.tensor(1 - middle, dtype=torch.float64))) < share
+        low, high = (middle, high) if few else (low, middle)
+    return high
 
 
 def unit_counts(config: MaskedConfig, plan: Plan, totals: list[int]) -> list[list[int]]:

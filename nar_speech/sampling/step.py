@@ -22,10 +22,11 @@ class StepInfo:
         stage: codebook that is sampled now, 0 where there is only one.
         steps: steps planned for this stage.
         step: (R,) int64, step of each row in this stage, from 0. Rows may differ where items run ahead of the
-            plan (adaptive unmasking).
+            plan (adaptive unmasking). From ``steps`` on: rounds that refine, see
+            :class:`nar_speech.sampling.config.MaskedConfig`.
         progress: (R,) float32 u in [0, 1], what the mask schedule is a function of.
-        time: (R,) float32, 1 - step / steps: 1 at the first step, never 0. A network with a step embedding
-            reads it (MaskGCT's t).
+        time: (R,) float32, 1 - step / steps: 1 at the first step, never 0; in rounds that refine the time at
+            which as much would be masked. A network with a step embedding reads it (MaskGCT's t).
         guidance: (R,) float32 coefficient of classifier-free guidance; 1: the conditional logits alone.
         guided: whether any of ``guidance`` is not 1; if False the unconditional pass is not needed.
         temperature: (R,) float32 of the softmax that tokens are drawn from.
@@ -33,7 +34,8 @@ class StepInfo:
         active: (R, T) bool, positions whose logits will be read; all others may hold anything.
         changed: (R, T) bool, positions where the input of any codebook differs from this item's previous
             call; all True at the first. What was computed for an item may be reused where it is False.
-        frozen: (R, T) bool, positions whose input stays as it is now to the end of this stage.
+        frozen: (R, T) bool, positions whose input stays as it is now to the end of this stage; those that may
+            still be refined are not.
         rows: (R,) int64, item of each row.
         items: the same as plain numbers.
     """

@@ -123,3 +123,14 @@ def test_without_the_package(monkeypatch):
 
 def test_no_code_of_the_package_is_run(marked):
     assert not [name for name in sys.modules if name == "perth" or name.startswith("perth.")]
+
+
+def test_only_new_words_are_marked():
+    sound = speech(4.0)
+    got = tiny_synthesizer().edit(sound, "three", "eleven twelve", duration=1.0, watermark=True)
+    begin, end = round(got.start * 24000), round(got.end * 24000)
+    assert got.watermarked
+    assert np.array_equal(got.audio.samples[:begin], sound.samples[:begin])
+    assert np.array_equal(got.audio.samples[end:], sound.samples[round(got.old_end * 24000) :])
+    plain = tiny_synthesizer().edit(sound, "three", "eleven twelve", duration=1.0, watermark=False)
+    assert not np.array_equal(plain.audio.samples[begin:end], got.audio.samples[begin:end])

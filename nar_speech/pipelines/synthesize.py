@@ -24,6 +24,7 @@ from nar_speech.errors import ConfigError, InputError
 from nar_speech.pipelines.join import join_pieces
 from nar_speech.pipelines.sound_options import per_item
 from nar_speech.pipelines.speech_codes import Piece, make_codes
+from nar_speech.pipelines.speech_edit import EditResult, edit_speech
 from nar_speech.pipelines.speech_length import (
     LengthPredictor,
     check_frames,
@@ -127,7 +128,7 @@ class Synthesizer:
         config: options that a call does not name.
         transcriber: tells what a prompt says where its text is not given; None: the embedded recogniser,
             loaded when it is first needed.
-        predictor: of durations, for the rule ``predictor``.
+        predictor: of durations, for the rule ``predictor``; None: the model's own, where it has one.
 
     Attributes:
         card: what the model is.
@@ -144,7 +145,7 @@ class Synthesizer:
         self.parts, self.card = parts, parts.card
         self.config = config or SynthesisConfig()
         self.reader = SpeechText(parts.phonemizer)
-        self.predictor = predictor
+        self.predictor = predictor or parts.predictor
         self._transcriber = transcriber
 
     @classmethod
@@ -300,6 +301,10 @@ class Synthesizer:
             self._sample(group, number, config, None if progress is None else step)
         results = [self._result(job, config, spent) for job in jobs]
         return results if many else results[0]
+
+    def edit(self, source: AudioSource, old: str, new: str, **options: Any) -> EditResult:
+        """A recording with other words in it; see :func:`nar_speech.pipelines.speech_edit.edit_speech`."""
+        return edit_speech(self, source, old, new, **options)
 
     # ---- what is given ----------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
 """The folder of a model that speaks: ``model.yaml``, ``model.safetensors`` and perhaps a codec's folder.
 
-``model.yaml`` holds the parts ``card``, ``t2s``, ``s2a_first``, ``s2a_full``, ``semantic``, ``features``,
-``codec``, ``phonemizer`` and ``synthesis``; ``model.safetensors`` the tensors of all networks, each with the
-name of its part and a dot before it, and ``features.mean`` and ``features.variance``. Every key is checked:
-those of networks and of ``synthesis`` by :mod:`nar_speech.pipelines.speech_model`.
+``model.yaml`` holds the parts ``card``, ``t2s``, ``s2a_first``, ``s2a_full``, ``semantic``, ``duration``,
+``features``, ``codec``, ``phonemizer`` and ``synthesis``; ``model.safetensors`` the tensors of all networks,
+each with the name of its part and a dot before it, and ``features.mean`` and ``features.variance``. Every key
+is checked: those of networks and of ``synthesis`` by :mod:`nar_speech.pipelines.speech_model`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class SpeechFile:
         t2s, s2a_full: fields of :class:`nar_speech.models.maskgct.T2SConfig` and ``S2AConfig``.
         s2a_first: likewise; None: the full network makes the first layer, too.
         semantic: fields of :class:`nar_speech.codec.repcodec.RepCodecConfig`.
+        duration: fields of :class:`nar_speech.models.duration.DurationConfig`; None: durations are not
+            predicted.
         features: what the semantic codec reads.
         codec: what :func:`nar_speech.codec.load.load_codec` takes: a name, a hub id, or a folder, which is
             looked for in the model folder first.
@@ -72,6 +74,7 @@ class SpeechFile:
     semantic: dict[str, Any]
     codec: str
     s2a_first: dict[str, Any] | None = None
+    duration: dict[str, Any] | None = None
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     phonemizer: PhonemizerConfig = field(default_factory=PhonemizerConfig)
     synthesis: dict[str, Any] = field(default_factory=dict)

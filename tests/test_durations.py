@@ -24,6 +24,7 @@ from nar_speech.models.duration import (
 from nar_speech.pipelines.maskgct_durations import (
     DurationItem,
     DurationOptions,
+    PredictedLength,
     _group,
     sample_durations,
     total_frames,
@@ -242,6 +243,29 @@ def test_totals_follow_the_speed():
     assert total_frames(durations) == 6
     assert total_frames(durations, 2.0) == 3
     assert total_frames(torch.zeros(2)) == 1
+
+
+def test_predicted_lengths_follow_the_prompts_pace():
+    """The prompt's phones share its length, and what follows goes on from there."""
+    model = network()
+    rule = PredictedLength(model, 50.0, DurationOptions(steps=2))
+    lengths = {}
+    for seconds in (0.5, 2.0):
+        seen = []
+
+        def spy(net, items, draws, options, seen=seen):
+            seen.append(items[0])
+            return sample_durations(net, items, draws, options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nar_speech.pipelines.maskgct_durations.sample_durations", spy)
+            lengths[seconds] = rule([1, 2, 3], seconds, [4, 5], seeded([0])[0])
+        assert [len(item.phones) for item in seen] == [3, 5]
+        assert float(seen[1].prompt.sum()) == pytest.approx(50 * seconds, rel=1e-4)
+        assert (seen[1].prompt > 0).all()
+    assert all(value >= 0 for value in lengths.values())
+    assert rule([], 0.0, [4, 5], seeded([0])[0]) >= 0
+    assert rule([1, 2, 3], 0.5, [4, 5], seeded([0])[0]) == lengths[0.5]
 
 
 @pytest.mark.slow

@@ -338,11 +338,13 @@ def test_wrong_settings_end_with_one_line(folders, tmp_path, capsys):
     assert sum(line.startswith("error: ") for line in capsys.readouterr().err.splitlines()) == 5
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/maskgct").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for p in (ROOT / "configs/maskgct").glob("*.yaml") if "semantic" not in p.stem),
+    ids=lambda p: p.stem,
+)
 def test_every_configuration_builds_what_its_comment_says(path):
-    kind = next((k for k in ("t2s", "s2a", "duration") if k in path.stem), None)
-    if kind is None:
-        pytest.skip("of another recipe")
+    kind = next(k for k in RECIPES if k in path.stem)
     recipe = RECIPES[kind]
     config = configs.load(recipe.Recipe, [path], ["train.output_dir=x"])
     index = SpeechIndex("c", 24000, 50.0, 12, 1024, "s", 8192, [])

@@ -148,3 +148,41 @@ def total_frames(durations: Tensor, speed: float = 1.0) -> int:
     if not speed > 0:
         raise InputError(f"speed: got {speed:g}; must be above 0, 1.2 for example is a fifth faster")
     return max(1, round(float(durations.double().sum()) / speed))
+
+
+class PredictedLength:
+    """The length of speech by the predictor: a ``LengthPredictor`` of :mod:`.speech_length`.
+
+    How long each phone of a prompt lasts is not known there, only the whole. So the predictor first says how
+    the prompt's phones share its length, and then goes on from these durations.
+
+    Args:
+        network: in evaluation mode.
+        frame_rate: frames a second of what the durations count.
+    """
+
+    def __init__(self, network: DurationPredictor, frame_rate: float, options: DurationOptions | None = None):
+        self.network, self.frame_rate, self.options = network, frame_rate, options
+
+    def __call__(
+        self,
+        prompt: Sequence[int],
+        prompt_seconds: float,
+        phones: Sequence[int],
+        generator: torch.Generator,
+    ) -> float:
+        """Seconds of ``phones`` in the manner of a prompt of these phones and this length.
+
+        Raises:
+            InputError: see :func:`sample_durations`.
+        """
+        known = torch.zeros(0)
+        if prompt:
+            shares = self._sample(prompt, known, generator).cpu()
+            known = shares + shares.sum().clamp_min(1.0) * 1e-3  # no phone without any time
+            known = known * (prompt_seconds * self.frame_rate / known.sum())
+        return float(self._sample([*prompt, *phones], known, generator).double().sum()) / self.frame_rate
+
+    def _sample(self, phones: Sequence[int], known: Tensor, generator: torch.Generator) -> Tensor:
+        item = DurationItem(torch.tensor(list(phones), dtype=torch.int64), known)
+        return sample_durations(self.network, [item], [generator], self.options)[0]

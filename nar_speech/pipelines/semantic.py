@@ -103,6 +103,16 @@ class SemanticTokenizer(nn.Module):
         return self.codec.encode(features, counts)[:, 0], counts
 
 
+def read_semantic_file(folder: str | Path) -> SemanticFile:
+    """Read and check ``model.yaml``.
+
+    Raises:
+        ConfigError: the file is missing, or has an unknown, missing or wrong key.
+    """
+    path = Path(folder) / CONFIG_FILE
+    return configs.from_dict(SemanticFile, configs.read_yaml(path), str(path))
+
+
 def load_semantic(
     folder: str | Path,
     features: FeaturesConfig | None = None,
@@ -124,7 +134,7 @@ def load_semantic(
         codec = RepCodec.from_official(folder)
         source = features or FeaturesConfig()
         return SemanticTokenizer(load_features(source, None, cache_dir, offline), codec).eval()
-    file = configs.from_dict(SemanticFile, configs.read_yaml(folder / CONFIG_FILE), f"{folder}/{CONFIG_FILE}")
+    file = read_semantic_file(folder)
     tensors = read_weights(folder / WEIGHTS_FILE)
     statistics = tuple(tensors.pop(name, None) for name in STATISTICS)
     if any(part is None for part in statistics):

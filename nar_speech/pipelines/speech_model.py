@@ -22,10 +22,12 @@ from nar_speech.codec.shapes import Shapes
 from nar_speech.codec.weight_norm import fold
 from nar_speech.errors import CheckpointError, ConfigError, HubError
 from nar_speech.model_folder import CONFIG_FILE, WEIGHTS_FILE
+from nar_speech.models.duration import DurationConfig, DurationPredictor
 from nar_speech.models.maskgct import S2A, T2S, S2AConfig, T2SConfig, without_empty
 from nar_speech.models.recogniser_features import RecogniserFeatures
 from nar_speech.models.speech_features import SpeechFeatures
 from nar_speech.models.w2vbert import HUB_NAME, NEEDED, STATISTICS, W2vBert
+from nar_speech.pipelines.maskgct_durations import PredictedLength
 from nar_speech.pipelines.speech_codes import Networks
 from nar_speech.speech_folder import (
     FeaturesConfig,
@@ -58,6 +60,7 @@ class SpeechParts:
         networks: the Transformers.
         features, semantic: what a prompt's semantic codes are made with.
         codec: of the acoustic codes.
+        duration: predicts durations of phones; None: there is none.
         phonemizer: how texts become phones.
         synthesis: options of synthesis that the folder names.
     """
@@ -70,10 +73,17 @@ class SpeechParts:
     card: ModelCard
     folder: Path
     synthesis: dict[str, Any] = field(default_factory=dict)
+    duration: DurationPredictor | None = None
+
+    @property
+    def predictor(self) -> PredictedLength | None:
+        """The rule ``predictor`` of lengths, where the model has one."""
+        return None if self.duration is None else PredictedLength(self.duration, self.codec.frame_rate)
 
     def modules(self) -> dict[str, nn.Module]:
         """The networks by the names of their parts in ``model.yaml``."""
         named = {"t2s": self.networks.t2s, "s2a_first": self.networks.first, "s2a_full": self.networks.full}
+        named["duration"] = self.duration
         return {name: part for name, part in named.items() if part is not None} | {"semantic": self.semantic}
 
     def prepare(self, device: torch.device, dtype: str) -> None:
@@ -81,8 +91,9 @@ class SpeechParts:
         for part in (self.networks.t2s, self.networks.first, self.networks.full):
             if part is not None:
                 part.to(device).prepare(dtype)
-        for part in (self.features, self.semantic, self.codec):
-            part.to(device)
+        for part in (self.features, self.semantic, self.codec, self.duration):
+            if part is not None:
+                part.to(device)
 
 
 def resolve_speech(
@@ -233,6 +244,10 @@ def _own(folder: Path, cache_dir: str | Path | None, offline: bool | None) -> Sp
     }
     if file.s2a_first is not None:
         parts["s2a_first"] = _part(S2A, S2AConfig, file.s2a_first, "s2a_first", tensors, folder)
+    if file.duration is not None:
+        parts["duration"] = _part(
+            DurationPredictor, DurationConfig, file.duration, "duration", tensors, folder
+        )
     known = tuple(f"{name}." for name in (*parts, "features"))
     strange = [name for name in tensors if not name.startswith(known)]
     if strange:
@@ -249,6 +264,7 @@ def _own(folder: Path, cache_dir: str | Path | None, offline: bool | None) -> Sp
     found = SpeechParts(
         Networks(parts["t2s"], parts.get("s2a_first"), parts["s2a_full"]),
         *(features, parts["semantic"], codec, file.phonemizer, file.card, folder, dict(file.synthesis)),
+        duration=parts.get("duration"),
     )
     _check(found, str(where))
     return found

@@ -209,6 +209,10 @@ class Synthesizer:
             self._transcriber = Transcriber.from_parts(load_parts(resolve("default")), str(self.device))
         return self._transcriber
 
+    @transcriber.setter
+    def transcriber(self, transcriber: Transcriber) -> None:
+        self._transcriber = transcriber
+
     @torch.inference_mode()
     def voice(self, prompt: AudioSource, text: str | None = None, language: str | None = None) -> Voice:
         """What the networks need of a prompt, for any number of texts.

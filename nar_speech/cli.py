@@ -86,7 +86,8 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands."""
     parser = Parser(
-        prog="nar-speech", description="Non-autoregressive speech recognition: audio in, text out."
+        prog="nar-speech",
+        description="Non-autoregressive speech: recognition, text to speech, sounds, codecs.",
     )
     parser.add_argument("--version", action="version", version=f"nar-speech {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -108,13 +109,15 @@ def _load(options: argparse.Namespace, **decoding: Any) -> Transcriber:
     """The task object that the options name, its decoding changed by those that were given."""
     import torch
 
-    from nar_speech.hub import embedded_models, load_model, makes_sound, resolve
+    from nar_speech.hub import embedded_models, load_model, makes_sound, resolve, speaks
 
     if options.threads:
         torch.set_num_threads(options.threads)
     local = options.model in embedded_models() or os.path.isdir(options.model)
     if local and makes_sound(resolve(options.model)):
         raise ConfigError(f"--model {options.model}: makes sound and recognises no speech; see generate")
+    if local and speaks(resolve(options.model)):
+        raise ConfigError(f"--model {options.model}: speaks and recognises no speech; see synthesize")
     decoding.update(decoding_of(options))
     transcriber = load_model(
         options.model, options.device, options.dtype, options.cache_dir, options.offline, **decoding
@@ -240,6 +243,40 @@ def generate(options: argparse.Namespace) -> int:
     return run(options)
 
 
+def _describe_synthesize(parser: argparse.ArgumentParser) -> None:
+    from nar_speech.cli_synthesize import describe_synthesize
+
+    describe_synthesize(parser)
+
+
+def synthesize(options: argparse.Namespace) -> int:
+    """Speak a text in the voice of a short recording.
+
+    English, Chinese, French, German, Japanese, Korean; long texts are cut at sentences. The result carries an
+    inaudible watermark. The same text, prompt, seed and options give the same speech again.
+    nar-speech synthesize "Hello there." --prompt voice.wav --model maskgct -o hello.wav
+    """
+    from nar_speech.cli_synthesize import synthesize as run
+
+    return run(options)
+
+
+def _describe_edit(parser: argparse.ArgumentParser) -> None:
+    from nar_speech.cli_synthesize import describe_edit
+
+    describe_edit(parser)
+
+
+def edit(options: argparse.Namespace) -> int:
+    """Change words in a recording, in its own voice; all other samples stay as they are.
+
+    nar-speech edit talk.wav --from "on Monday" --to "on Tuesday morning" --model maskgct -o new.wav
+    """
+    from nar_speech.cli_synthesize import edit as run
+
+    return run(options)
+
+
 def _describe_models(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("list", help="models that ship with the package, and known names of the hub")
@@ -355,6 +392,8 @@ COMMANDS: dict[str, Command] = {
     "transcribe": (_describe_transcribe, transcribe),
     "evaluate": (_describe_evaluate, evaluate),
     "generate": (_describe_generate, generate),
+    "synthesize": (_describe_synthesize, synthesize),
+    "edit": (_describe_edit, edit),
     "models": (_describe_models, models),
     "codec": (_describe_codec, codec),
     "phonemize": (_describe_phonemize, phonemize),

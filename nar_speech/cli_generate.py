@@ -7,19 +7,16 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nar_speech.cli_options import model_options, number, positive
-from nar_speech.cli_output import FAILED, OK, PROGRESS_DELAY, SOME_FAILED, complain, keep_inputs
-from nar_speech.errors import ConfigError, InputError, NarSpeechError
+from nar_speech.cli_options import SUFFIXES, model_options, number, positive, steps, whole
+from nar_speech.cli_output import FAILED, OK, SOME_FAILED, complain, keep_inputs, step_bar, write_sound
+from nar_speech.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from nar_speech.pipelines.generate import SoundGenerator, SoundResult
 
-SUFFIXES = ("wav", "flac", "ogg", "opus", "mp3", "aiff")
 NAME_LETTERS = 40  # of a prompt in a file name
 ADAPTIVE = ("threshold", "factor", "entropy")
 
@@ -34,7 +31,7 @@ def describe_generate(parser: argparse.ArgumentParser) -> None:
         "--duration", type=number, metavar="S", help="seconds of a clip (default: a segment of the model)"
     )
     work.add_argument(
-        "--seed", type=_whole, default=0, metavar="N", help="of the first clip; the next take N+1 ... (0)"
+        "--seed", type=whole, default=0, metavar="N", help="of the first clip; the next take N+1 ... (0)"
     )
     work.add_argument("--negative", metavar="TEXT", help="what is not to be heard")
     source = work.add_mutually_exclusive_group()
@@ -63,10 +60,10 @@ def describe_generate(parser: argparse.ArgumentParser) -> None:
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (default: as the model's own model.yaml says)")
-    group.add_argument("--steps", type=_steps, metavar="N,N...", help="calls of the network per codebook")
+    group.add_argument("--steps", type=steps, metavar="N,N...", help="calls of the network per codebook")
     group.add_argument("--temperature", type=number, metavar="X", help="at the beginning")
     group.add_argument("--top-p", type=number, metavar="P", help="draw among the most probable codes")
-    group.add_argument("--top-k", type=_whole, metavar="K", help="draw among the K most probable codes")
+    group.add_argument("--top-k", type=whole, metavar="K", help="draw among the K most probable codes")
     group.add_argument(
         "--cfg", type=_guidance, metavar="MAX[:MIN]", help="classifier-free guidance, from and to"
     )
@@ -75,12 +72,12 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scoring", choices=("max", "prod"), help="of spans")
     group.add_argument("--greedy", action="store_true", default=None, help="take the most probable codes")
     quick = parser.add_argument_group("fewer or cheaper steps (docs/masked_sampling.md)")
-    quick.add_argument("--dilation", type=_whole, metavar="N", help="unmask far-apart spans together")
+    quick.add_argument("--dilation", type=whole, metavar="N", help="unmask far-apart spans together")
     quick.add_argument(
         "--adaptive", type=_adaptive, metavar="RULE:X", help=f"end earlier where sure: {', '.join(ADAPTIVE)}"
     )
     quick.add_argument("--explore", type=number, metavar="SHARE", help="unmask uncertain spans early")
-    quick.add_argument("--reuse", type=_whole, metavar="N", help="keep keys and values for N steps")
+    quick.add_argument("--reuse", type=whole, metavar="N", help="keep keys and values for N steps")
     second = parser.add_argument_group("with an autoregressive partner")
     second.add_argument("--partner", metavar="NAME", help="name, folder or hub id of a MusicGen")
     second.add_argument("--rescore", type=number, metavar="W", help="weight of its probabilities (0.7)")
@@ -123,7 +120,7 @@ def generate(options: argparse.Namespace) -> int:
     limit = BATCH.get(generator.device.type, 4)
     for begin in range(0, len(jobs), limit):
         part = jobs[begin : begin + limit]
-        with _progress(begin, len(jobs)) as progress:
+        with step_bar(f"{begin} of {len(jobs)} clips") as progress:
             results = generator(
                 [prompt for prompt, _, _ in part],
                 options.duration,
@@ -249,21 +246,8 @@ def _gap(options: argparse.Namespace) -> Any:
 
 
 def _write(result: SoundResult, target: Path, options: argparse.Namespace, several: bool) -> None:
-    """Write under a temporary name first, so that an interrupted run leaves no half file."""
-    from nar_speech.audio import write_audio
-
-    draft = target.with_name(f".{target.stem}.part{target.suffix}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_audio(draft, result.audio)
-        draft.replace(target)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise InputError(f"{target}: can't write ({error.strerror}); check the path") from error
-    except NarSpeechError as error:
-        draft.unlink(missing_ok=True)
-        raise InputError(str(error).replace(str(draft), str(target))) from error
+    """Write one clip and tell of it."""
+    write_sound(target, result.audio)
     if options.json:
         line = {
             "path": str(target),
@@ -284,36 +268,6 @@ def _plot(generator: SoundGenerator, result: SoundResult, path: str) -> None:
     from nar_speech.pipelines.plot_steps import plot_steps
 
     plot_steps(result.traces, path, generator.codec.frame_rate, f"{result.prompt} (seed {result.seed})")
-
-
-@contextmanager
-def _progress(done: int, total: int) -> Iterator[Any]:
-    """A function to call with the network's calls done and at most; draws a bar on a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(unit="step", delay=PROGRESS_DELAY, leave=False, desc=f"{done} of {total} clips") as bar:
-
-        def report(now: int, most: int) -> None:
-            bar.total = most
-            bar.update(now - bar.n)
-
-        yield report
-
-
-def _whole(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or len(text) > 18:
-        raise argparse.ArgumentTypeError(f"got '{text}'; must be a whole number from 0")
-    return int(text)
-
-
-def _steps(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() and 0 < int(part) <= 10_000 for part in parts):
-        raise argparse.ArgumentTypeError(f"got '{text}'; must be whole numbers above 0 such as 20,10,10,10")
-    return tuple(int(part) for part in parts)
 
 
 def _guidance(text: str) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nar_speech.pipelines.transcribe import Transcriber
 
 DECODERS = ("auto", "paraformer", "ctc_greedy", "ctc_beam", "attention_rescoring")
+SUFFIXES = ("wav", "flac", "ogg", "opus", "mp3", "aiff")  # of sound that is written
 MAX_THREADS, MAX_STREAMS = 1024, 256
 MAX_CHUNK, MAX_LEFT = 1024, 8192  # frames of an encoder: each stream holds so many
 
@@ -43,6 +44,21 @@ def positive(kind: type) -> Callable[[str], Any]:
         return value
 
     return parse
+
+
+def whole(text: str) -> int:
+    """A parser of whole numbers from 0."""
+    if not (text.isascii() and text.isdigit()) or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"got '{text}'; must be a whole number from 0")
+    return int(text)
+
+
+def steps(text: str) -> tuple[int, ...]:
+    """A parser of numbers of steps, one for each layer of codes."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) <= 10_000 for part in parts):
+        raise argparse.ArgumentTypeError(f"got '{text}'; must be whole numbers above 0 such as 20,10,10,10")
+    return tuple(int(part) for part in parts)
 
 
 def _left(text: str) -> int:

@@ -8,7 +8,7 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from nar_speech.errors import ConfigError, InputError, NarSpeechError
 
 if TYPE_CHECKING:
     from nar_speech.pipelines.transcribe import Result
+    from nar_speech.types import Audio
 
 OK, SOME_FAILED, FAILED = 0, 1, 2
 FORMATS = ("txt", "json", "jsonl", "srt", "vtt", "tsv")
@@ -255,6 +256,48 @@ def _write_whole(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.part")
     draft.write_text(text, encoding="utf-8", errors="surrogateescape")
     draft.replace(path)
+
+
+def write_sound(target: Path, audio: Audio, subtype: str | None = None) -> None:
+    """Write sound under a temporary name first, so that an interrupted run leaves no half file.
+
+    Args:
+        subtype: see :func:`nar_speech.audio.write_audio`.
+
+    Raises:
+        InputError: the file can't be written.
+    """
+    from nar_speech.audio import write_audio
+
+    draft = target.with_name(f".{target.stem}.part{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_audio(draft, audio, subtype=subtype)
+        draft.replace(target)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise InputError(f"{target}: can't write ({error.strerror}); check the path") from error
+    except NarSpeechError as error:
+        draft.unlink(missing_ok=True)
+        raise InputError(str(error).replace(str(draft), str(target))) from error
+
+
+@contextmanager
+def step_bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A function to call with the networks' calls done and at most; draws a bar on a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="step", delay=PROGRESS_DELAY, leave=False, desc=description) as bar:
+
+        def report(now: int, most: int) -> None:
+            bar.total = most
+            bar.update(now - bar.n)
+
+        yield report
 
 
 @contextmanager

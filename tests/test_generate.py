@@ -387,7 +387,7 @@ def test_a_picture_is_drawn_again_with_its_clip(command, tmp_path):
 
 
 def test_a_clip_that_cannot_be_written_leaves_nothing(command, tmp_path, monkeypatch, capsys):
-    def full(path, audio):
+    def full(path, audio, **_):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

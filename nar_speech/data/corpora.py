@@ -44,9 +44,20 @@ def read_aishell(corpus_dir: Path, parts: Sequence[str], jobs: int) -> dict:
     return _cuts({part: manifests[part] for part in parts})
 
 
+def read_libritts(corpus_dir: Path, parts: Sequence[str], jobs: int) -> dict:
+    """{part: CutSet} of LibriTTS or LibriTTS-R: PART/SPEAKER/CHAPTER/*.wav with .trans.tsv and .book.tsv."""
+    from lhotse.recipes import prepare_libritts
+
+    for part in parts:
+        if not (corpus_dir / part).is_dir():
+            raise ManifestError(f"corpus-dir: {corpus_dir} has no folder '{part}'")
+    return _cuts(prepare_libritts(corpus_dir, dataset_parts=list(parts), num_jobs=jobs))
+
+
 CORPORA: dict[str, Callable[[Path, Sequence[str], int], dict]] = {
     "librispeech": read_librispeech,
     "aishell": read_aishell,
+    "libritts": read_libritts,
 }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,7 @@ class Recipe:
         quantize_from: optimizer steps in which the decoder reads what the encoder gives, in as few dimensions
             as codes have; then every code becomes what some frame is.
         start_seconds: of sound from which statistics and codes are taken.
+        store: how the weights are written: as those of the model that the codes are for will be.
     """
 
     train: TrainConfig
@@ -61,6 +62,7 @@ class Recipe:
     published_statistics: bool = False
     quantize_from: int = 0
     start_seconds: float = 600.0
+    store: Literal["float32", "float16", "int8"] = "float32"
 
     def __post_init__(self) -> None:
         if self.published_statistics and self.features.kind != "w2vbert":
@@ -123,7 +125,7 @@ def recipe(config: Recipe, world: World) -> None:
     result = train(config.train, codec, loss_step, data, validate, world)
     if result.finished and world.main:
         card = ModelCard(config.name, TASK, MODEL, features.sample_rate, metrics=result.metrics)
-        parts = network, config.features, (features.mean.cpu(), features.variance.cpu()), card
+        parts = network, config.features, (features.mean.cpu(), features.variance.cpu()), card, config.store
         say(world, f"folder: {write_semantic_folder(f'{config.train.output_dir}/model', codec, *parts)}")
 
 

@@ -12,7 +12,7 @@ from nar_speech.codec.spectral import SpectralCodec, SpectralCodecConfig
 from nar_speech.models.duration import DurationConfig, DurationPredictor
 from nar_speech.models.maskgct import S2A, T2S, S2AConfig, T2SConfig
 from nar_speech.models.maskgct_part import write_part
-from nar_speech.pipelines.semantic import write_semantic_folder
+from nar_speech.pipelines.semantic import load_semantic, write_semantic_folder
 from nar_speech.pipelines.speech_model import load_speech_parts
 from nar_speech.speech_folder import FeaturesConfig, read_speech_file
 from nar_speech.types import ModelCard
@@ -84,6 +84,27 @@ def test_a_model_without_durations_is_small_in_int8(parts, tmp_path):
 
     assert size(tmp_path / "small") < 0.7 * size(whole)
     load_speech_parts(tmp_path / "small")
+
+
+def test_rounded_codes_are_those_of_the_rounded_model(parts, tmp_path):
+    """Codes that a codec stored in int8 makes are those that the whole model in int8 makes of a prompt."""
+    torch.manual_seed(5)
+    network = RepCodecConfig(64, 384, 8, 96, 128, 2)
+    codec, source = RepCodec(network), FeaturesConfig("recogniser", "mini_en")
+    statistics, card = (torch.zeros(384), torch.ones(384)), ModelCard("tiny", "semantic", "repcodec")
+    t2s, s2a = T2S(T2SConfig(16, 1, 2, 2, 64, 400)), S2A(S2AConfig(16, 1, 2, 2, 2, 16, 64))
+    for name, part in (("t2s", t2s), ("s2a", s2a)):
+        write_part(tmp_path / name, part, ModelCard("x", "speech_part", name))
+    write_semantic_folder(tmp_path / "semantic", codec, network, source, statistics, card, "int8")
+    named = {"t2s": tmp_path / "t2s", "s2a": tmp_path / "s2a", "semantic": tmp_path / "semantic"}
+    options = [word for name, path in named.items() for word in (f"--{name}", str(path))]
+    more = ("--codec", str(parts / "codec"), *options, "--store", "int8")
+    assert join_speech.main([str(parts / "card.yaml"), "-o", str(tmp_path / "model"), *more]) == 0
+    features = torch.randn(2, 200, 384)
+    trained = load_semantic(tmp_path / "semantic").codec.encode(features)
+    spoken = load_speech_parts(tmp_path / "model").semantic.encode(features)
+    assert float((trained == spoken).float().mean()) > 0.99
+    assert trained.unique().numel() > 16
 
 
 def test_what_does_not_fit_is_one_line(parts, tmp_path, capsys):

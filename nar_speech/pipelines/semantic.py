@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from nar_speech import hub
 from nar_speech.checkpoint import SkipInit, load_strict, read_weights, save_safetensors, sha256
 from nar_speech.codec.repcodec import RepCodec, RepCodecConfig
 from nar_speech.codec.weight_norm import fold
+from nar_speech.compress import compress, expand
 from nar_speech.errors import ConfigError
 from nar_speech.model_folder import CONFIG_FILE, WEIGHTS_FILE
 from nar_speech.models.recogniser_features import RecogniserFeatures
@@ -135,7 +136,7 @@ def load_semantic(
         source = features or FeaturesConfig()
         return SemanticTokenizer(load_features(source, None, cache_dir, offline), codec).eval()
     file = read_semantic_file(folder)
-    tensors = read_weights(folder / WEIGHTS_FILE)
+    tensors = expand(read_weights(folder / WEIGHTS_FILE))
     statistics = tuple(tensors.pop(name, None) for name in STATISTICS)
     if any(part is None for part in statistics):
         raise ConfigError(f"{folder / WEIGHTS_FILE}: lacks {' or '.join(STATISTICS)}; get the model again")
@@ -154,15 +155,19 @@ def write_semantic_folder(
     features: FeaturesConfig,
     statistics: tuple[Tensor, Tensor],
     card: ModelCard,
+    store: Literal["float32", "float16", "int8"] = "float32",
 ) -> Path:
     """Write a folder; ``model.yaml`` comes last, so a folder that has one is whole.
 
     Args:
         codec: under weight norm, as in training.
+        store: how the weights are written (:mod:`nar_speech.compress`). A model that will be stored in int8
+            should learn codes that were made with rounded weights: rounded once more they stay the same.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = dict(codec.state_dict() if isinstance(codec, nn.Module) else codec)
+    tensors = tensors if store == "float32" else compress(tensors, store)
     tensors |= dict(zip(STATISTICS, statistics, strict=True))
     save_safetensors(folder / WEIGHTS_FILE, tensors)
     sums = {WEIGHTS_FILE: sha256(folder / WEIGHTS_FILE)}

@@ -39,7 +39,7 @@ def words_of(text, size=0.5, silence=0.1):
     return [Word(word, i * size + silence, (i + 1) * size, 1.0) for i, word in enumerate(text.split())]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     rate=st.sampled_from([8000, 16000, 24000, 44100]),
     channels=st.integers(1, 2),

@@ -72,7 +72,7 @@ def test_a_seed_gives_the_same_speech_and_another_one_other_speech(voice):
     assert not np.array_equal(first.audio.samples, tiny()("Hello there.", voice, seed=4).audio.samples)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     texts=st.lists(
         st.sampled_from(["Hi you.", "What a day it was!", "It costs five dollars, I think.", IDS, IDS[:7]]),

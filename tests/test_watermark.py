@@ -22,7 +22,7 @@ try:
 except importlib.metadata.PackageNotFoundError:
     pytest.skip("resemble-perth is not installed", allow_module_level=True)
 
-SPEECH = read_audio(ASSETS / "sample.flac", 24000).samples
+SPEECH = read_audio(ASSETS / "sample.flac", 24000, duration=6.0).samples
 
 
 @pytest.fixture(autouse=True)
@@ -40,15 +40,15 @@ def test_a_mark_is_found_where_there_is_one(marked):
     assert not any(part.marked for part in clean)
     assert all(part.marked for part in found)
     assert (found[0].start, found[0].end) == (0.0, pytest.approx(len(SPEECH) / 24000, abs=0.01))
-    assert [part.start for part in found[1:]] == [0.0, 2.0, 4.0, 6.0, 8.0]
+    assert [part.start for part in found[1:]] == [0.0, 2.0]
 
 
 def test_a_mark_lasts(marked, tmp_path):
     for suffix in ("mp3", "ogg"):
         write_audio(tmp_path / f"a.{suffix}", Audio(marked, 24000))
-        again = read_audio(tmp_path / f"a.{suffix}", 16000)
+        again = read_audio(tmp_path / f"a.{suffix}", 16000, duration=3.5)
         assert find_watermark(again.samples, 16000)[0].marked
-    assert find_watermark(0.1 * marked, 24000)[0].marked
+    assert find_watermark(0.1 * marked[:72_000], 24000)[0].marked
     assert find_watermark(marked[30_000:60_000], 24000)[0].marked
 
 
@@ -95,7 +95,7 @@ def test_speech_is_marked_unless_told_otherwise():
 
 
 def test_watermark_check(marked, tmp_path, capsys):
-    part = np.concatenate([SPEECH, marked[:96_000]])
+    part = np.concatenate([SPEECH[:96_000], marked[:96_000]])
     for name, sound in (("clean", SPEECH), ("marked", marked), ("part", part)):
         write_audio(tmp_path / f"{name}.wav", Audio(sound, 24000))
     files = [str(tmp_path / f"{name}.wav") for name in ("clean", "marked", "part")]
@@ -105,7 +105,7 @@ def test_watermark_check(marked, tmp_path, capsys):
     assert cli.main(["models", "watermark-check", "--json", files[2]]) == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree["windows"][-1]["marked"]
-    assert not tree["windows"][1]["marked"]
+    assert not tree["windows"][0]["marked"]
     assert cli.main(["models", "watermark-check", files[0], str(tmp_path / "none.wav")]) == 1
     assert "none.wav" in capsys.readouterr().err
     assert cli.main(["models", "watermark-check", str(tmp_path / "none.wav")]) == 2

@@ -94,6 +94,9 @@ def base(tmp_path_factory):
 
 
 def options(base, out):
+    """Words of the command; texts are read by espeak-ng, which is in the extra ``tts``."""
+    for package in ("phonemizer", "espeakng_loader"):
+        pytest.importorskip(package)
     return [
         str(base / "wav" / "train.jsonl.gz"),
         *("-o", str(out), "--codec", str(base / "codec"), "--semantic", str(base / "semantic")),

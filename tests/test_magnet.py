@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nar_speech.errors import ConfigError, InputError
 from nar_speech.layers.band import band_mask, banded_attention
 from nar_speech.layers.dot_product import attention_by_heads
-from nar_speech.layers.multistream import position_codes, with_null
+from nar_speech.layers.multistream import position_codes, rotate, rotation_codes, with_null
 from nar_speech.layers.quantize import int8_available
 from nar_speech.models.magnet import Magnet, MagnetConfig
 from nar_speech.models.magnet_predictor import predictor
@@ -45,6 +45,7 @@ def network(seed=0, **changes):
 
 
 NETWORK = network()
+POSITIONS = {"sin": NETWORK, "rope": network(positions="rope"), "sin_rope": network(positions="sin_rope")}
 
 
 def inputs(batch=3, frames=26, text=5, seed=0):
@@ -92,6 +93,33 @@ def test_position_codes_are_cosines_then_sines():
             phase = torch.tensor(p / 10000 ** (i / 3))
             torch.testing.assert_close(codes[p, i], phase.cos())
             torch.testing.assert_close(codes[p, 4 + i], phase.sin())
+
+
+def test_rotations_turn_neighbouring_coordinates_as_complex_numbers():
+    x = torch.randn(2, 5, 3, 8)
+    angles = torch.outer(torch.arange(5.0), 10000.0 ** (-torch.arange(0, 8, 2) / 8))
+    turned = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.polar(torch.ones(5, 4), angles)[:, None]
+    got = rotate(x, rotation_codes(torch.arange(5), 8))
+    torch.testing.assert_close(got, torch.view_as_real(turned).flatten(-2))
+
+
+def test_rotated_networks_see_distances_and_not_places():
+    """Moved to other frames, the same codes give the same logits; with position codes they do not."""
+    tokens, _, _ = inputs(1, 20)
+    for kind, same in (("rope", True), ("sin", False), ("sin_rope", False)):
+        model = POSITIONS[kind]
+        with torch.no_grad():
+            x = model.embed(tokens, 7)
+            attend, rotation = model.attention(1, 20, None, False), model.rotation(7, 20)
+            for number, block in enumerate(model.blocks):
+                x = block(number, x, attend, None, rotation)
+            moved = model.logits(x)
+            assert torch.allclose(moved, model(tokens), **CLOSE) == same
+
+
+def test_rotated_heads_have_an_even_width():
+    with pytest.raises(ConfigError, match=r"positions: 'rope' needs heads of an even width, got 24 / 8 = 3"):
+        MagnetConfig(**{**NUMBERS, "heads": 8}, positions="rope")
 
 
 @settings(max_examples=25, deadline=None)
@@ -200,18 +228,20 @@ def step_info(active, stage=0, guidance=3.0, lengths=None, items=None, changed=N
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=3), seed=st.integers(0, 99),
     stage=st.integers(0, 2), share=st.sampled_from([0.02, 0.3, 1.0]), together=st.booleans(),
+    kind=st.sampled_from(sorted(POSITIONS)),
 )  # fmt: skip
-def test_the_predictor_gives_what_the_plain_passes_give(lengths, seed, stage, share, together):
+def test_the_predictor_gives_what_the_plain_passes_give(lengths, seed, stage, share, together, kind):
+    model = POSITIONS[kind]
     generator = torch.Generator().manual_seed(seed)
     tokens, states, mask = inputs(len(lengths), max(lengths), 5, seed)
     lengths = torch.tensor(lengths)
     inside = torch.arange(tokens.shape[2]) < lengths[:, None]
     active = (torch.rand(inside.shape, generator=generator) < share) & inside
-    call = predictor(NETWORK, states, mask, one_by_one=not together)
+    call = predictor(model, states, mask, one_by_one=not together)
     got, null = call(tokens, step_info(active, stage, lengths=lengths))
     with torch.no_grad():
-        wanted = NETWORK(tokens, lengths, states, mask, stage, only_stage=True)[active]
-        bare = NETWORK(tokens, lengths, None, None, stage, only_stage=True)[active]
+        wanted = model(tokens, lengths, states, mask, stage, only_stage=True)[active]
+        bare = model(tokens, lengths, None, None, stage, only_stage=True)[active]
     torch.testing.assert_close(got, wanted, **CLOSE)
     torch.testing.assert_close(null, bare, **CLOSE)
 
@@ -333,14 +363,15 @@ def test_reuse_is_exact_with_a_full_pass_every_time_and_near_otherwise():
     assert max(distances[1:]) > 1e-4, "then it is not exact"
 
 
-def test_a_partial_pass_in_which_all_is_stale_is_exact():
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_a_partial_pass_in_which_all_is_stale_is_exact(kind):
     tokens, states, mask = inputs(1, 40)
     active = torch.ones(1, 40, dtype=torch.bool)
-    call = predictor(NETWORK, states, mask, reuse=5)
+    call = predictor(POSITIONS[kind], states, mask, reuse=5)
     call(tokens, step_info(active, 1))
     other = torch.randint(12, tokens.shape)
     got = call(other, step_info(active, 1, changed=active))
-    wanted = predictor(NETWORK, states, mask)(other, step_info(active, 1))
+    wanted = predictor(POSITIONS[kind], states, mask)(other, step_info(active, 1))
     torch.testing.assert_close(got, wanted, **CLOSE)
 
 

@@ -92,10 +92,11 @@ def test_full_size_models_have_the_official_names_and_shapes(name):
     assert compare_shapes(network, {k: tuple(v.shape) for k, v in renamed.items()}) == []
 
 
-def test_an_audiocraft_magnet_loads(tmp_path):
+@pytest.mark.parametrize("positions", ["sin", "rope", "sin_rope"])
+def test_an_audiocraft_magnet_loads(positions, tmp_path):
     torch.manual_seed(0)
-    network = Magnet(MagnetConfig(**NUMBERS, segment_seconds=2.0)).eval()
-    write_folder(tmp_path, network)
+    network = Magnet(MagnetConfig(**NUMBERS, segment_seconds=2.0, positions=positions)).eval()
+    write_folder(tmp_path, network, **{"transformer_lm.positional_embedding": positions})
     assert is_official_folder(tmp_path)
     parts = from_official(tmp_path)
     assert parts.network.config == network.config
@@ -137,6 +138,8 @@ def test_an_audiocraft_musicgen_loads(tmp_path):
         ({"conditioners.self_wav.model": "chroma_stem"}, ConfigError),
         ({"interleave_stereo_codebooks.use": "true"}, ConfigError),
         ({"transformer_lm.causal": "true"}, ConfigError),
+        ({"transformer_lm.xpos": "true"}, ConfigError),
+        ({"transformer_lm.positional_embedding": "none"}, ConfigError),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(change, error, tmp_path):

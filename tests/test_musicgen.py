@@ -34,6 +34,7 @@ def network(**changes):
 
 
 NETWORK = network()
+ROTATED = network(positions="rope")
 
 
 @pytest.fixture(autouse=True)
@@ -73,16 +74,17 @@ def test_delays_and_back(frames, lags, lengths):
     pieces=st.lists(st.integers(1, 7), min_size=1, max_size=6),
     seed=st.integers(0, 99),
     room=st.integers(1, 20),
+    model=st.sampled_from([NETWORK, ROTATED]),
 )
-def test_steps_of_any_size_give_what_one_pass_gives(pieces, seed, room):
+def test_steps_of_any_size_give_what_one_pass_gives(pieces, seed, room, model):
     size = sum(pieces)
     sequence = torch.randint(10, (2, 3, size), generator=torch.Generator().manual_seed(seed))
     states, mask = text(2, seed)
-    wanted = NETWORK(sequence, states, mask)
-    state = NETWORK.start(2, room, NETWORK.remember(states, mask))
+    wanted = model(sequence, states, mask)
+    state = model.start(2, room, model.remember(states, mask))
     begin = 0
     for piece in pieces:
-        logits, state = NETWORK.step(sequence[:, :, begin : begin + piece], state)
+        logits, state = model.step(sequence[:, :, begin : begin + piece], state)
         begin += piece
         torch.testing.assert_close(logits, wanted[:, :, begin - 1], **CLOSE)
     assert state.size == size

@@ -1,8 +1,9 @@
 """The Transformer of MAGNeT and MusicGen: several token streams in, one width inside, a head for each stream.
 
-x = sum_k Emb_k(tokens_k) + position code; pre-norm blocks of self attention, attention on the text and a
-feed-forward part with the exact GELU, all without biases; LayerNorm; one Linear head for each stream
-(audiocraft's ``StreamingTransformer``; MAGNeT, arXiv 2401.04577, section 3; MusicGen, arXiv 2306.05284).
+x = sum_k Emb_k(tokens_k) + position code, or none where queries and keys are rotated; pre-norm blocks of
+self attention, attention on the text and a feed-forward part with the exact GELU, all without biases;
+LayerNorm; one Linear head for each stream (audiocraft's ``StreamingTransformer``; MAGNeT, arXiv 2401.04577,
+section 3; MusicGen, arXiv 2306.05284).
 Parameter names are the official ones but for the projection of the text, here ``condition_proj``.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +27,12 @@ from nar_speech.layers.prepare import prepare_products
 
 # (number of the block, query, key, value (B, T, H, d)) -> context (B, T, H, d)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Rotation = tuple[Tensor, Tensor]  # cosines and sines (T, 1, d / 2)
 
-RENAME = {r"condition_provider\.conditioners\.description\.output_proj": "condition_proj"}
+RENAME = {
+    r"condition_provider\.conditioners\.description\.output_proj": "condition_proj",
+    r"transformer\.(layers\.\d+\.self_attn\.)?rope\.frequencies": None,
+}
 CONDITION = "condition_provider.conditioners.description.output_proj"
 
 
@@ -45,6 +51,8 @@ class MultiStreamConfig:
         frame_rate: frames per second.
         segment_seconds: longest clip the model was trained on.
         dropout: in training, on the output of every attention and feed-forward part.
+        positions: ``sin``: codes added to the input, as in every released model; ``rope``: rotated queries
+            and keys instead; ``sin_rope``: both.
     """
 
     num_codebooks: int = 4
@@ -57,6 +65,7 @@ class MultiStreamConfig:
     frame_rate: float = 50.0
     segment_seconds: float = 10.0
     dropout: float = 0.0
+    positions: Literal["sin", "rope", "sin_rope"] = "sin"
 
     def __post_init__(self) -> None:
         check_range(self, 1, MAX_VOCABULARY, "codebook_size")
@@ -64,6 +73,11 @@ class MultiStreamConfig:
         check_range(self, 1, MAX_BLOCKS, "num_blocks")
         if self.width % self.heads or self.width % 2 or self.width < 4:
             raise ConfigError(f"heads: {self.heads} must divide the width {self.width}, which must be even")
+        if self.positions != "sin" and self.width // self.heads % 2:
+            raise ConfigError(
+                f"positions: '{self.positions}' needs heads of an even width, got"
+                f" {self.width} / {self.heads} = {self.width // self.heads}"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout: must be at least 0 and below 1, got {self.dropout:g}")
         if not (0 < self.frame_rate <= 1e6 and 0 < self.segment_seconds <= 1e6 and self.max_frames >= 1):
@@ -91,6 +105,23 @@ def position_codes(positions: Tensor, width: int) -> Tensor:
     )
     phase = positions.to(torch.float32)[:, None] / rates
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+def rotation_codes(positions: Tensor, size: int) -> Rotation:
+    """(T,) -> cosines and sines (T, 1, d / 2) float32 of a head of width d, rates 10000^(-2i / d).
+
+    Source: Su et al. 2022 (RoPE, arXiv 2104.09864).
+    """
+    rates = 1.0 / 10000.0 ** (torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
+    phase = torch.outer(positions.to(torch.float32), rates)[:, None]
+    return phase.cos(), phase.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn every pair of neighbouring coordinates of (B, T, H, d), in float32."""
+    cos, sin = rotation
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -189,9 +220,19 @@ class Block(nn.Module):
         self.linear2 = nn.Linear(config.hidden_scale * width, width, bias=False)
         self.norm2 = nn.LayerNorm(width)
 
-    def forward(self, number: int, x: Tensor, attend: Attend, memory: TextMemory | None) -> Tensor:
+    def forward(
+        self,
+        number: int,
+        x: Tensor,
+        attend: Attend,
+        memory: TextMemory | None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
         """(B, T, D) -> (B, T, D); ``number`` of this block for ``attend`` and ``memory``."""
-        context = attend(number, *self.self_attn.project(self._ready(self.norm1(x))))
+        query, key, value = self.self_attn.project(self._ready(self.norm1(x)))
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        context = attend(number, query, key, value)
         x = x + self._drop(self.self_attn.out_proj(context.flatten(2)))
         if memory is not None and (memory.rows is None or len(memory.rows)):
             x = self._read(number, x, memory)
@@ -238,6 +279,8 @@ class MultiStreamNetwork(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(width, config.codebook_size, bias=False) for _ in streams)
         self.condition_proj = nn.Linear(config.text_width, width)
         self.register_buffer("codes", torch.zeros(0, width), persistent=False)
+        for name in ("cosines", "sines"):
+            self.register_buffer(name, torch.zeros(0, 1, width // config.heads // 2), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -281,7 +324,7 @@ class MultiStreamNetwork(nn.Module):
         return self
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """Tokens (B, K, T), the first at frame ``start``, to (B, T, D) with position codes.
+        """Tokens (B, K, T), the first at frame ``start``, to (B, T, D), with position codes if there are any.
 
         Raises:
             InputError: another number of streams.
@@ -291,16 +334,34 @@ class MultiStreamNetwork(nn.Module):
                 f"tokens: expected (batch, {self.config.num_codebooks}, frames), got {tuple(tokens.shape)}"
             )
         x = sum(table(tokens[:, k]) for k, table in enumerate(self.emb))
+        if self.config.positions == "rope":
+            return x
         return x + self.position(start, tokens.shape[2]).to(x.dtype)
 
     def position(self, start: int, count: int) -> Tensor:
         """(count, D) float32 codes of the frames from ``start`` on."""
         end = start + count
-        if self.codes.shape[0] < end or self.codes.device != self.device or self.codes.dtype != torch.float32:
-            size = max(512, 1 << (end - 1).bit_length())
+        if self._outgrown(self.codes, end):
             with no_autocast(self.out_norm.weight):
-                self.codes = position_codes(torch.arange(size, device=self.device), self.config.width)
+                self.codes = position_codes(self._frames(end), self.config.width)
         return self.codes[start:end]
+
+    def rotation(self, start: int, count: int) -> Rotation | None:
+        """Of the frames from ``start`` on; None: nothing is rotated."""
+        if self.config.positions == "sin":
+            return None
+        end = start + count
+        if self._outgrown(self.cosines, end):
+            size = self.config.width // self.config.heads
+            with no_autocast(self.out_norm.weight):
+                self.cosines, self.sines = rotation_codes(self._frames(end), size)
+        return self.cosines[start:end], self.sines[start:end]
+
+    def _outgrown(self, table: Tensor, end: int) -> bool:
+        return table.shape[0] < end or table.device != self.device or table.dtype != torch.float32
+
+    def _frames(self, end: int) -> Tensor:
+        return torch.arange(max(512, 1 << (end - 1).bit_length()), device=self.device)
 
     def remember(self, condition: Tensor, mask: Tensor, official_padding: bool = False) -> TextMemory:
         """Keys and values of text states (B, L, W) whose ``mask`` (B, L) bool is true on tokens.

@@ -39,7 +39,9 @@ FIXED = {
     "norm": ("layer_norm",),
     "norm_first": (True,),
     "activation": ("gelu",),
-    "positional_embedding": ("sin",),
+    "positional_embedding": ("sin", "rope", "sin_rope"),
+    "xpos": (False,),
+    "positional_scale": (1.0,),
     "bias_ff": (False,),
     "bias_attn": (False,),
     "bias_proj": (False,),
@@ -212,6 +214,7 @@ def _numbers(config: DictConfig, tensors: Mapping[str, Tensor], where: str) -> d
         "text_width": projection.shape[1],
         "frame_rate": float(_get(config, "transformer_lm.compression_model_framerate", 50)),
         "segment_seconds": float(_get(config, "dataset.segment_duration", 30)),
+        "positions": str(_get(config, "transformer_lm.positional_embedding", "sin")),
     }
 
 

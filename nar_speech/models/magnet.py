@@ -154,8 +154,9 @@ class Magnet(MultiStreamNetwork):
         if wanted is None or not restricted or lengths is not None:
             x = self.embed(tokens)
             attend = self.attention(len(tokens), frames, lengths, restricted)
+            rotation = self.rotation(0, frames)
             for number, block in enumerate(self.blocks):
-                x = block(number, x, attend, memory)
+                x = block(number, x, attend, memory, rotation)
             return x if wanted is None else x[:, wanted[0] : wanted[1]]
         context, last = self.config.context, len(self.blocks) - 1
         ranges = [
@@ -166,7 +167,7 @@ class Magnet(MultiStreamNetwork):
         x = self.embed(tokens[:, :, begin:end], begin)
         for number, block in enumerate(self.blocks):
             attend = self.attention(len(tokens), end - begin, None, True)
-            x = block(number, x, attend, memory)
+            x = block(number, x, attend, memory, self.rotation(begin, end - begin))
             low, high = ranges[number + 1]
             x, begin, end = x[:, low - begin : high - begin], low, high
         return x

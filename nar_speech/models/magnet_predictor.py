@@ -259,8 +259,11 @@ class MagnetPredictor:
                 return out.transpose(1, 2)
 
         x = network.embed(codes)[:, places]
+        rotation = network.rotation(0, codes.shape[2])
+        if rotation is not None:
+            rotation = rotation[0][places], rotation[1][places]
         for number, block in enumerate(network.blocks):
-            x = block(number, x, attend, memory)
+            x = block(number, x, attend, memory, rotation)
         return x
 
 

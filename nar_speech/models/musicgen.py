@@ -137,7 +137,7 @@ class MusicGen(MultiStreamNetwork):
             parts = (part.transpose(1, 2) for part in (query, key, value))
             return F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2)
 
-        return self.logits(self._run(self.embed(sequence), attend, memory))
+        return self.logits(self._run(self.embed(sequence), 0, attend, memory))
 
     def aligned_logits(
         self,
@@ -230,7 +230,7 @@ class MusicGen(MultiStreamNetwork):
                 1, 2
             )
 
-        x = self._run(self.embed(tokens, begin), attend, state.memory)
+        x = self._run(self.embed(tokens, begin), begin, attend, state.memory)
         return self.logits(x[:, -1:])[:, :, 0], replace(state, size=end)
 
     def sampler(
@@ -286,7 +286,9 @@ class MusicGen(MultiStreamNetwork):
             mask = torch.ones(condition.shape[:2], dtype=torch.bool, device=condition.device)
         return self.remember(condition, mask, official_padding)
 
-    def _run(self, x: Tensor, attend: Attend, memory: TextMemory | None) -> Tensor:
+    def _run(self, x: Tensor, begin: int, attend: Attend, memory: TextMemory | None) -> Tensor:
+        """The blocks on (B, n, D) of the positions from ``begin`` on."""
+        rotation = self.rotation(begin, x.shape[1])
         for number, block in enumerate(self.blocks):
-            x = block(number, x, attend, memory)
+            x = block(number, x, attend, memory, rotation)
         return x

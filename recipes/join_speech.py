@@ -19,7 +19,7 @@ from nar_speech import config as configs
 from nar_speech.errors import NarSpeechError
 from nar_speech.locate import embedded_models
 from nar_speech.models.maskgct_part import read_part
-from nar_speech.pipelines.semantic import load_semantic, read_semantic_file
+from nar_speech.pipelines.semantic import features_source, load_semantic
 from nar_speech.pipelines.speech_model import load_speech_parts, part_weights
 from nar_speech.pipelines.speech_options import SynthesisConfig, change
 from nar_speech.speech_folder import TASK, SpeechFile, write_speech_folder
@@ -39,7 +39,7 @@ def join(options: argparse.Namespace) -> Path:
     named = {"t2s": (options.t2s, "t2s"), "s2a_first": (options.s2a_first, "s2a")}
     named |= {"s2a_full": (options.s2a, "s2a"), "duration": (options.duration, "duration")}
     parts = {name: read_part(folder, kind)[0] for name, (folder, kind) in named.items() if folder}
-    tokenizer, source = load_semantic(options.semantic), read_semantic_file(options.semantic).features
+    tokenizer, source = load_semantic(options.semantic), features_source(options.semantic)
     fields = configs.read_yaml(options.card) | {"task": TASK, "model": "maskgct"}
     local = options.codec not in embedded_models() and Path(options.codec).is_dir()
     file = SpeechFile(

@@ -83,6 +83,7 @@ def recipe(config: Recipe, world: World) -> None:
     data = CropData(config.data, 1, config.train.seed, world.rank, world.size)
     dev = CropEval(config.data, 1, world.rank, world.size)
     if not config.published_statistics:
+        features.set_statistics(None)  # those of w2v-BERT come with it
         seen = features_of(features, data.sample(config.start_seconds).to(world.device)).flatten(0, 1)
         features.set_statistics((seen.mean(0), seen.var(0).clamp_min(1e-6)))
     sizes = {"hidden_size": features.width, "num_quantizers": 1, "quantizer_dropout": 0.0}

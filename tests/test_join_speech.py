@@ -12,7 +12,7 @@ from nar_speech.codec.spectral import SpectralCodec, SpectralCodecConfig
 from nar_speech.models.duration import DurationConfig, DurationPredictor
 from nar_speech.models.maskgct import S2A, T2S, S2AConfig, T2SConfig
 from nar_speech.models.maskgct_part import write_part
-from nar_speech.pipelines.semantic import load_semantic, write_semantic_folder
+from nar_speech.pipelines.semantic import features_source, load_semantic, write_semantic_folder
 from nar_speech.pipelines.speech_model import load_speech_parts
 from nar_speech.speech_folder import FeaturesConfig, read_speech_file
 from nar_speech.types import ModelCard
@@ -51,6 +51,11 @@ def words(parts, out, *more, leave=()):
     named = {name: parts / name for name in ("t2s", "s2a", "duration", "semantic", "codec")}
     options = [w for name, path in named.items() if name not in leave for w in (f"--{name}", str(path))]
     return [str(parts / "card.yaml"), "-o", str(out), *options, "--language", "en", *more]
+
+
+def test_an_official_semantic_folder_reads_w2v_bert(parts, tmp_path):
+    assert features_source(parts / "semantic") == FeaturesConfig("recogniser", "mini_en")
+    assert features_source(tmp_path) == FeaturesConfig()
 
 
 @pytest.mark.parametrize("first", [False, True])

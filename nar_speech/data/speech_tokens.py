@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nar_speech.checkpoint import save_safetensors
-from nar_speech.config import check_range, from_dict
+from nar_speech.config import check_range
 from nar_speech.data.seeding import derive_seed
+from nar_speech.data.tokens import INDEX, read_index
 from nar_speech.errors import ConfigError, ManifestError
 
-INDEX = "index.json"
 # What codes that are learnt together have in common.
 SAME = ("codec", "sample_rate", "frame_rate", "num_codebooks", "codebook_size", "semantic", "semantic_size")
 
@@ -125,14 +125,7 @@ class SpeechTokenStore:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        path = self.folder / INDEX
-        try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ManifestError(
-                f"{path}: can't be read ({type(error).__name__}); python -m recipes.prepare_speech makes it"
-            ) from error
-        self.index = from_dict(SpeechIndex, tree, str(path))
+        self.index = read_index(self.folder, SpeechIndex, "prepare_speech")
         self._files, self._places = [], []
         self.ids: list[str] = []
         for number, name in enumerate(self.index.shards):

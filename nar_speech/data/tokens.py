@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from nar_speech.errors import ConfigError, ManifestError
 from nar_speech.text.conditioner import ConditionerConfig
 
 INDEX, TEXTS = "index.json", "texts.safetensors"
+Index = TypeVar("Index")
 NO_CAPTION = -1
 # What codes that are learnt together have in common.
 SAME = ("codec", "sample_rate", "frame_rate", "num_codebooks", "codebook_size", "conditioner", "text_width")
@@ -110,6 +112,22 @@ class TokenBatch:
         return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
 
 
+def read_index(folder: Path, index: type[Index], recipe: str) -> Index:
+    """The index of a folder that ``recipes.<recipe>`` makes, checked.
+
+    Raises:
+        ManifestError: it is missing or no JSON. ConfigError: an unknown, missing or wrong key.
+    """
+    path = folder / INDEX
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ManifestError(
+            f"{path}: can't be read ({type(error).__name__}); python -m recipes.{recipe} makes it"
+        ) from error
+    return from_dict(index, tree, str(path))
+
+
 class TokenStore:
     """The clips of one folder.
 
@@ -119,14 +137,7 @@ class TokenStore:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        path = self.folder / INDEX
-        try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ManifestError(
-                f"{path}: can't be read ({type(error).__name__}); python -m recipes.prepare_sound makes it"
-            ) from error
-        self.index = from_dict(TokenIndex, tree, str(path))
+        self.index = read_index(self.folder, TokenIndex, "prepare_sound")
         texts = read_weights(self.folder / TEXTS)
         self._states, self._ends = texts["states"], texts["offsets"].tolist()
         self.clips: list[tuple[int, int, int]] = []  # shard, first frame, end

